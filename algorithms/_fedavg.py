@@ -1,0 +1,203 @@
+"""Federated averaging, and every method that is FedAvg plus client transforms.
+
+McMahan et al., Communication-Efficient Learning of Deep Networks from
+Decentralized Data, 2017, https://arxiv.org/abs/1602.05629
+Reddi et al., Adaptive Federated Optimization, 2021, https://arxiv.org/abs/2003.00295
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedcl import aggregation, base, tree
+from fedcl.transforms import checked
+from fedcl.transforms import transform as identity
+
+POLICIES = ("reset", "keep", "average")
+
+
+def fedavg(
+    loss_fn: base.LossFn,
+    client_opt: optax.GradientTransformation,
+    *,
+    server: optax.GradientTransformation | None = None,
+    transform: base.ClientTransform | None = None,
+    opt_policy: str = "reset",
+    rate: Callable[[jax.Array], jax.Array] | None = None,
+) -> base.Algorithm:
+    r"""Local steps on every client of the cohort, then one server step.
+
+    .. math::
+       \Delta_k = \theta - \mathrm{opt}^S(\theta;\ \nabla[\ell + r_k]), \qquad
+       \theta \leftarrow \mathrm{server}(\theta, \{\Delta_k, n_k\})
+
+    Args:
+      loss_fn: `(params, batch, key) -> (loss, aux)`, see `fedcl.losses`.
+      client_opt: optax optimiser of the local steps.
+      server: a chain from `fedcl.aggregation.server`; FedAvg's weighted mean and a
+        step of one by default. FedAdam is `server(weighted_mean(), optax.adam(…))`.
+      transform: a `ClientTransform`; compose several with `fedcl.chain`.
+      opt_policy: what becomes of the client optimiser's state between visits:
+        "reset", "keep" on the client, or "average" over the reporting clients.
+      rate: `(round) -> scalar`, multiplies the local update; a learning-rate
+        schedule over rounds. None: 1.
+
+    Returns:
+      An `Algorithm`. A message weighs as many rows as its visit had; its metrics
+      are "loss" (mean over the local steps), "rows" and "steps".
+
+    Raises:
+      ValueError: for an unknown policy or, at `init`, a server chain without
+        exactly one reduction.
+      TypeError: when a hook of the transform returns wrong shapes.
+
+    Cost: one forward and one backward pass per step, whatever is chained, unless a
+    method's docstring says otherwise.
+
+    >>> loss = lambda p, batch, key: (jnp.sum(p["w"] ** 2), batch["x"])
+    >>> algorithm = fedavg(loss, optax.sgd(0.1))
+    >>> example = {k: jax.ShapeDtypeStruct((2,), jnp.float32) for k in ("x", "mask")}
+    >>> algorithm.init({"w": jnp.ones(3)}, example, num_clients=4).clients.task
+    Array([-1, -1, -1, -1], dtype=int32)
+    """
+    if opt_policy not in POLICIES:
+        raise ValueError(f"opt_policy is {opt_policy!r}; it must be one of {POLICIES}.")
+    tx = aggregation.default_server() if server is None else server
+    tx = optax.with_extra_args_support(tx)
+    method = checked(identity() if transform is None else transform)
+
+    def init(params, example, num_clients, frozen=None):
+        aggregation.check_server(tx, params)
+        params = tree.strong(params)
+        memory = method.init(params, example)
+        told = tree.zeros_like(_told(method, memory, params, example, loss_fn, frozen))
+        opt_state = client_opt.init(params)
+        kept = opt_state if opt_policy == "keep" else ()
+        never = jnp.int32(-1)
+        client = tree.strong(base.ClientState(memory, told, kept, never, never))
+        server = base.ServerState(
+            params,
+            frozen,
+            tx.init(params),
+            told,
+            opt_state if opt_policy == "average" else (),
+            jnp.float32(num_clients),
+            jnp.int32(0),
+        )
+        return base.State(tree.strong(server), tree.stack(client, num_clients))
+
+    def client_update(server, client, visit):
+        bound = lambda p, b, k: loss_fn(tree.merge(p, server.frozen), b, k)
+        boundary = (client.task >= 0) & (client.task != visit.task)
+
+        def context(key: jax.Array, step: Any) -> base.Context:
+            return base.Context(
+                key,
+                visit.client,
+                visit.task,
+                boundary,
+                visit.round,
+                step,
+                server.params,
+                server.shared,
+                bound,
+            )
+
+        k_begin, k_steps, k_end = jax.random.split(visit.key, 3)
+        memory = method.begin(client.memory, server.params, context(k_begin, 0))
+        scale = jnp.float32(1) if rate is None else rate(visit.round)
+        opt_state = {
+            "reset": lambda: client_opt.init(server.params),
+            "keep": lambda: client.opt_state,
+            "average": lambda: server.client_opt,
+        }[opt_policy]()
+
+        def local_step(carry, xs):
+            params, opt_state, memory = carry
+            step, batch, live = xs
+            k_task, k_method = jax.random.split(jax.random.fold_in(k_steps, step))
+            here = context(k_method, step)
+            augmented = method.batch(memory, batch, here)
+
+            def objective(p):
+                loss, aux = bound(p, augmented, k_task)
+                extra = method.loss(memory, p, augmented, aux, here)
+                return loss + extra, (loss, aux)
+
+            grads, (loss, aux) = jax.grad(objective, has_aux=True)(params)
+            grads, memory = method.update(grads, memory, params, batch, aux, here)
+            updates, opt_state = client_opt.update(grads, opt_state, params)
+            updates = updates if rate is None else tree.scale(scale, updates)
+            new = (optax.apply_updates(params, updates), opt_state, memory)
+            if live is None:
+                return new, (loss, jnp.float32(1))
+            counts = live.astype(jnp.float32)
+            return tree.where(live, new, carry), (jnp.where(live, loss, 0), counts)
+
+        steps = jnp.arange(visit.batches["mask"].shape[0])
+        carry = (server.params, opt_state, memory)
+        xs = (steps, visit.batches, visit.live)
+        (params, opt_state, memory), (losses, counts) = jax.lax.scan(
+            local_step, carry, xs
+        )
+        memory, told = method.end(memory, params, context(k_end, steps.shape[0]))
+        rows = jnp.sum(visit.batches["mask"])
+        message = base.Message(
+            tree.sub(server.params, params),
+            rows,
+            tree.sub(told, client.told),
+            opt_state if opt_policy == "average" else (),
+        )
+        kept = opt_state if opt_policy == "keep" else ()
+        client = base.ClientState(memory, told, kept, visit.task, server.version)
+        taken = jnp.sum(counts)
+        mean_loss = jnp.sum(losses) / jnp.maximum(taken, 1)
+        return message, client, {"loss": mean_loss, "rows": rows, "steps": taken}
+
+    def aggregate(server, messages):
+        updates, opt_state = tx.update(
+            messages.delta,
+            server.opt_state,
+            server.params,
+            weights=messages.weight,
+            population=server.population,
+        )
+        heard = lambda s, m: s + jnp.sum(m, axis=0) / server.population
+        return server._replace(
+            params=optax.apply_updates(server.params, updates),
+            opt_state=opt_state,
+            shared=jax.tree.map(heard, server.shared, messages.told),
+            client_opt=_average(messages.opt_state, messages.weight),
+            version=server.version + 1,
+        )
+
+    return base.Algorithm(init, client_update, aggregate)
+
+
+def _told(method, memory, params, example, loss_fn, frozen):
+    """The shapes of what `end` tells, without running it."""
+    bound = lambda p, b, k: loss_fn(tree.merge(p, frozen), b, k)
+    zero = jnp.int32(0)
+
+    def end(memory, params, key):
+        ctx = base.Context(
+            key, zero, zero, jnp.array(False), zero, zero, params, (), bound
+        )
+        return method.end(memory, params, ctx)[1]
+
+    return jax.eval_shape(end, memory, params, jax.random.key(0))
+
+
+def _average(opt_states: Any, weights: jax.Array) -> Any:
+    """Weighted mean of stacked optimiser states; integer leaves take the largest."""
+    p = weights / jnp.maximum(jnp.sum(weights), 1e-12)
+
+    def leaf(x):
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            return jnp.max(x, axis=0)
+        return jnp.einsum("c,c...->...", p.astype(x.dtype), x)
+
+    return jax.tree.map(leaf, opt_states)

@@ -1,0 +1,241 @@
+"""How one function of one client becomes a round: schedules, meshes, masks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fedcl import base, cohorts, tree
+
+PyTree = Any
+Schedule = str | int
+AXIS = "clients"
+
+
+def check_schedule(schedule: Schedule) -> None:
+    """Refuses anything but "vmap", "scan" or a positive chunk size."""
+    is_chunk = isinstance(schedule, int) and not isinstance(schedule, bool)
+    if schedule in ("vmap", "scan") or (is_chunk and int(schedule) > 0):
+        return
+    raise ValueError(
+        f'The client schedule is {schedule!r}; it must be "vmap", "scan", a chunk size '
+        'of at least 1, or, in `fedcl.run`, "auto".'
+    )
+
+
+def mapped(fn: Callable, schedule: Schedule) -> Callable:
+    """`fn` over the leading axis, by the schedule."""
+    check_schedule(schedule)
+    if schedule == "vmap":
+        return jax.vmap(fn)
+    if schedule == "scan":
+        return lambda xs: jax.lax.map(fn, xs)
+    return lambda xs: jax.lax.map(fn, xs, batch_size=int(schedule))
+
+
+def map_cohort(
+    fn: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]],
+    schedule: Schedule,
+    mesh: Mesh | None,
+) -> Callable[[PyTree, PyTree, jax.Array, PyTree], tuple[PyTree, PyTree]]:
+    """Maps `fn(shared, row, member) -> (row, out)` over a cohort's rows of a table.
+
+    Args:
+      fn: a function of one client.
+      schedule: "vmap", "scan" or a chunk size.
+      mesh: with an axis "clients" over which the table and the cohort are sharded,
+        or None. Each device gathers and scatters its own rows only.
+
+    Returns:
+      `(shared, table [N, ...], ids [C], members [C, ...]) -> (table, outs [C, ...])`.
+    """
+
+    def local(shared, table, ids, members, offset=0):
+        index = ids - offset
+        rows = tree.gather(table, index)
+        one = lambda x: fn(shared, *x)
+        rows, outs = mapped(one, schedule)((rows, members))
+        return tree.scatter(table, index, rows), outs
+
+    if mesh is None:
+        return local
+
+    def on_device(shared, table, ids, members):
+        n_local = jax.tree.leaves(table)[0].shape[0]
+        return local(shared, table, ids, members, jax.lax.axis_index(AXIS) * n_local)
+
+    # check_vma=True would sum the gradient of replicated parameters over the mesh.
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(P(), P(AXIS), P(AXIS), P(AXIS)),
+        out_specs=(P(AXIS), P(AXIS)),
+        check_vma=False,
+    )
+
+
+def check_mesh(mesh: Mesh | None, num_clients: int, shards: int | None = None) -> None:
+    """Refuses a mesh that the population or the cohort sampler does not fit."""
+    if mesh is None:
+        return
+    if AXIS not in mesh.axis_names:
+        raise ValueError(
+            f"The mesh has axes {mesh.axis_names}; fedcl shards clients over an axis "
+            f'"{AXIS}". Build it with fedcl.tpu.mesh().'
+        )
+    devices = mesh.shape[AXIS]
+    if num_clients % devices:
+        raise ValueError(
+            f"{num_clients} clients do not split over {devices} devices: choose a "
+            f"population that is a multiple of {devices}."
+        )
+    if shards is not None and shards % devices:
+        raise ValueError(
+            f"The cohort is drawn in {shards} part(s), the mesh has {devices} devices: "
+            "draw it with cohorts.stratified(size, shards) and a multiple of "
+            f"{devices} shards, so that each device meets its own clients."
+        )
+
+
+def place(state: base.State, mesh: Mesh | None, seeded: bool = False) -> base.State:
+    """Puts the server on every device and each client on its own."""
+    if mesh is None:
+        return state
+    clients = P(None, AXIS) if seeded else P(AXIS)
+    put = lambda t, spec: jax.device_put(t, NamedSharding(mesh, spec))
+    return base.State(
+        put(state.server, P()), put(state.clients, clients), put(state.phases, P())
+    )
+
+
+def same_types(old: PyTree, new: PyTree, what: str) -> PyTree:
+    """`new` if it has the structure, shapes and types of `old`; names what differs."""
+    before, after = tree.describe(old), tree.describe(new)
+    if before != after or jax.tree.structure(old) != jax.tree.structure(new):
+        paths = [p for p in {**before, **after} if before.get(p) != after.get(p)]
+        lines = [
+            f"  {p}: expected {before.get(p, 'nothing')}, got {after.get(p, 'nothing')}"
+            for p in paths[:5]
+        ]
+        raise TypeError(
+            f"{what} changed its structure, so a scan could not carry it:\n"
+            + "\n".join(lines or [f"  {jax.tree.structure(new)}"])
+            + "\nReturn the same tree with the same shapes and types."
+        )
+    strong = lambda o, n: (
+        n
+        if jax.dtypes.issubdtype(o.dtype, jax.dtypes.extended)
+        else (jnp.asarray(n, dtype=o.dtype))
+    )
+    return jax.tree.map(strong, old, new)
+
+
+def cohort_fn(
+    algorithm: base.Algorithm,
+    draw: Callable[[PyTree, PyTree], base.Visit],
+    schedule: Schedule,
+    mesh: Mesh | None,
+) -> Callable[..., tuple[base.State, dict[str, jax.Array]]]:
+    """Builds `(state, cohort, data, members) -> (state, metrics)`, one whole round.
+
+    Args:
+      algorithm: the federated algorithm.
+      draw: `(data, member) -> visit`, of one client.
+      schedule: how clients are mapped.
+      mesh: where they live.
+    """
+
+    def one(shared, client, member):
+        server, data = shared
+        (train, report), member = member
+        visit = draw(data, member)
+        message, new, metrics = algorithm.client_update(server, client, visit)
+        new = same_types(client, new, "The client state in `client_update`")
+        finite = tree.finite(message)
+        trained = train & finite
+        reported = trained & report & (message.weight > 0)
+        new = tree.where(trained, new, client)
+        new = new._replace(told=tree.where(reported, new.told, client.told))
+        message = tree.where(reported, message, tree.zeros_like(message))
+        facts = {"trained": trained, "reported": reported}
+        return new, (message, {**metrics, **facts, "nonfinite": train & ~finite})
+
+    run_cohort = map_cohort(one, schedule, mesh)
+
+    def apply(state: base.State, cohort: cohorts.Cohort, data: PyTree, members: PyTree):
+        check_mesh(mesh, jax.tree.leaves(state.clients)[0].shape[0])
+        masks = (cohort.train, cohort.report)
+        clients, (messages, metrics) = run_cohort(
+            (state.server, data), state.clients, cohort.client, (masks, members)
+        )
+        server = algorithm.aggregate(state.server, messages)
+        server = same_types(state.server, server, "The server state in `aggregate`")
+        server = tree.where(jnp.any(metrics["reported"]), server, state.server)
+        return state._replace(server=server, clients=clients), {
+            **metrics,
+            "client": cohort.client,
+            "fault": _fault(cohort.client, jax.tree.leaves(clients)[0].shape[0]),
+        }
+
+    return apply
+
+
+def _fault(ids: jax.Array, n: int) -> jax.Array:
+    """[C] bool: the id is a duplicate or outside the population."""
+    order = jnp.sort(ids)
+    repeated = jnp.concatenate([jnp.zeros(1, bool), order[1:] == order[:-1]])
+    twice = jnp.isin(ids, jnp.where(repeated, order, -1)) & (ids >= 0)
+    return twice | (ids < 0) | (ids >= n)
+
+
+def round_fn(
+    algorithm: base.Algorithm, *, schedule: Schedule = "vmap", mesh: Mesh | None = None
+) -> Callable[..., tuple[base.State, dict[str, jax.Array]]]:
+    """Builds one round of federated learning over visits given as arrays.
+
+    Args:
+      algorithm: the federated algorithm.
+      schedule: "vmap" (all clients at once), "scan" (one after another) or a chunk
+        size. The result is the same up to the order of sums.
+      mesh: a mesh with an axis "clients", or None. Cohort position i must then hold
+        a client of the device that holds position i, see `cohorts.stratified`.
+
+    Returns:
+      `round(state, visits, train=None, report=None) -> (state, metrics)` with visits
+      stacked to [C, ...], masks [C] bool, and metrics with "client" [C], "trained",
+      "reported", "nonfinite" and "fault" (duplicate or unknown id) beside the
+      algorithm's own. A client whose message is not finite is left out of the
+      aggregation and keeps its former state. If nobody reports the server is
+      unchanged.
+
+    Raises:
+      ValueError: for an unknown schedule or a mesh that does not fit.
+    """
+    check_schedule(schedule)
+    apply = cohort_fn(algorithm, lambda _, visit: visit, schedule, mesh)
+
+    def round_(
+        state: base.State,
+        visits: base.Visit,
+        train: jax.Array | None = None,
+        report: jax.Array | None = None,
+    ) -> tuple[base.State, dict[str, jax.Array]]:
+        everybody = jnp.ones(visits.client.shape, bool)
+        masks = [everybody if m is None else m for m in (train, report)]
+        return apply(state, cohorts.Cohort(visits.client, *masks), (), visits)
+
+    return round_
+
+
+def visit_of(
+    stream: base.StreamLike, key: jax.Array, client: jax.Array, round: jax.Array
+) -> base.Visit:
+    """One client's visit, all of its randomness keyed by the client's id."""
+    key = jax.random.fold_in(key, client)
+    k_data, k_visit = jax.random.split(key)
+    batches = stream.sample(k_data, client, round)
+    live = jnp.any(batches["mask"] > 0, axis=-1) if stream.ragged else None
+    return base.Visit(batches, stream.task(client, round), client, round, k_visit, live)

@@ -1,0 +1,185 @@
+"""The vocabulary of the library: what a client sees, what a method is, what runs.
+
+Axes are named once and for all: `C` clients of a cohort, `N` clients of the
+population, `B` rows of a batch, `S` local steps, `T` rounds, `K` contexts.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax.typing import ArrayLike
+
+PyTree = Any
+Params = PyTree  # The trainable leaves φ. Frozen leaves θ travel separately.
+Batch = dict[str, jax.Array]  # Every leaf is [B, ...]; "mask" [B] weighs the rows.
+Aux = PyTree  # What the loss returns besides the scalar, rows first: [B, ...].
+Memory = PyTree  # What a method remembers on one client.
+LossFn = Callable[[Params, Batch, jax.Array], tuple[jax.Array, Aux]]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Everything a hook may read besides its own memory.
+
+    Attributes:
+      key: a PRNG key, one per transform and step: every hook of a step sees the
+        same key, so `loss` can re-draw what `batch` drew. Fold in to get more.
+      client: the client's id, ().
+      task: the stream's task for this visit, (); 0 throughout if it is hidden.
+      boundary: whether the task has changed since this client's last visit, ().
+      round: the round, ().
+      step: local step within the visit, ().
+      anchor: the parameters the server sent at the start of the visit.
+      shared: the mean over all clients of what the method's `end` told.
+      loss_fn: the task's loss, with frozen parameters already bound.
+    """
+
+    key: jax.Array
+    client: jax.Array
+    task: jax.Array
+    boundary: jax.Array
+    round: jax.Array
+    step: ArrayLike
+    anchor: Params
+    shared: PyTree
+    loss_fn: LossFn = dataclasses.field(metadata={"static": True})
+
+
+class ClientTransform(NamedTuple):
+    """A continual or federated learning method, as pure functions of one client.
+
+    A local step is: draw a batch, differentiate a loss, update the parameters. A
+    method may add rows to the batch, a term to the loss, or a change to the
+    gradient; and it may remember. Every field has an identity default, see
+    `fedcl.transform`; transforms compose with `fedcl.chain`.
+
+    Attributes:
+      init: `(params, example) -> memory`, an empty memory. `example` is the
+        `jax.ShapeDtypeStruct` tree of one batch.
+      begin: `(memory, params, ctx) -> memory`, once at the start of a visit; this
+        is where memories are committed when `ctx.boundary` is set.
+      batch: `(memory, batch, ctx) -> batch`, appends rows, see `fedcl.append`.
+      loss: `(memory, params, batch, aux, ctx) -> scalar`, is added to the loss.
+      update: `(grads, memory, params, batch, aux, ctx) -> (grads, memory)`, as in
+        optax; `batch` is the stream's own batch, and its rows come first in `aux`.
+      end: `(memory, params, ctx) -> (memory, told)`, once at the end of a visit
+        with the client's final parameters; `told` is averaged over all clients
+        into `ctx.shared` (a client that has not yet reported counts as zero), which
+        this one hook must not read.
+    """
+
+    init: Callable[[Params, PyTree], Memory]
+    begin: Callable[[Memory, Params, Context], Memory]
+    batch: Callable[[Memory, Batch, Context], Batch]
+    loss: Callable[[Memory, Params, Batch, Aux, Context], ArrayLike]
+    update: Callable[
+        [Params, Memory, Params, Batch, Aux, Context], tuple[Params, Memory]
+    ]
+    end: Callable[[Memory, Params, Context], tuple[Memory, PyTree]]
+
+
+class ClientState(NamedTuple):
+    """What persists on a client between visits; stacked to [N, ...], by client id."""
+
+    memory: Memory
+    told: PyTree  # What the server last heard from this client's `end`.
+    opt_state: PyTree  # () unless the client keeps its optimiser between visits.
+    task: jax.Array  # The task of the last visit, () int32; -1 before the first.
+    version: jax.Array  # The server version last received, () int32; -1 likewise.
+
+
+class ServerState(NamedTuple):
+    """What the server holds and broadcasts."""
+
+    params: Params  # φ
+    frozen: Params  # θ, None if everything is trained.
+    opt_state: PyTree  # Of the server chain.
+    shared: PyTree  # Mean over the population of what clients told.
+    client_opt: PyTree  # Averaged client optimiser state, () unless asked for.
+    population: jax.Array  # N, () float32.
+    version: jax.Array  # Aggregations so far, () int32.
+
+
+class State(NamedTuple):
+    """The whole federation: one pytree, one checkpoint."""
+
+    server: ServerState
+    clients: ClientState
+    phases: PyTree = ()  # One memory per phase, see `fedcl.phases`.
+
+
+class Visit(NamedTuple):
+    """One client's part in one round."""
+
+    batches: Batch  # [S, B, ...]
+    task: jax.Array  # () int32
+    client: jax.Array  # () int32
+    round: jax.Array  # () int32
+    key: jax.Array
+    live: jax.Array | None = None  # [S] bool: steps with real rows; None means all.
+
+
+class Message(NamedTuple):
+    """What a client sends."""
+
+    delta: Params  # Pseudo-gradient, anchor − params.
+    weight: jax.Array  # () float32, 0 for a client that does not report.
+    told: PyTree = ()  # Change of what the client tells, summed into `shared`.
+    opt_state: PyTree = ()  # For the policy "average".
+
+
+class Algorithm(NamedTuple):
+    """A federated algorithm: pure functions of one client, and of one server.
+
+    Attributes:
+      init: `(params, example, num_clients, frozen=None) -> State`.
+      client_update: `(server, client, visit) -> (message, client, metrics)`. No
+        client axis: `fedcl.round_fn` maps it over the cohort.
+      aggregate: `(server, messages) -> server`. Messages carry the cohort axis
+        first; a client that does not report has weight 0 and zeros.
+    """
+
+    init: Callable[..., State]
+    client_update: Callable[
+        [ServerState, ClientState, Visit], tuple[Message, ClientState, PyTree]
+    ]
+    aggregate: Callable[[ServerState, Message], ServerState]
+
+
+class StreamLike(Protocol):
+    """What the engine asks of a stream; `fedcl.streams.Stream` is one."""
+
+    @property
+    def num_clients(self) -> int: ...
+
+    @property
+    def ragged(self) -> bool:
+        """Whether a step of a present client may have no real rows."""
+        ...
+
+    def sample(self, key: jax.Array, client: jax.Array, round: jax.Array) -> Batch:
+        """Batches of one visit, [S, B, ...], a pure function of its arguments."""
+        ...
+
+    def sweep(self, client: jax.Array, round: jax.Array) -> Batch:
+        """Every row of the client's current context once, [S', B, ...]."""
+        ...
+
+    def task(self, client: jax.Array, round: jax.Array) -> jax.Array:
+        """The task, () int32."""
+        ...
+
+    def present(self, client: jax.Array, round: jax.Array) -> jax.Array:
+        """Whether the client takes part at all, () bool."""
+        ...
+
+    def ends(self, client: jax.Array, round: jax.Array) -> jax.Array:
+        """Whether the client's context changes after this round, () bool."""
+        ...
+
+    def example(self) -> PyTree:
+        """`jax.ShapeDtypeStruct`s of one batch, without the steps axis."""
+        ...

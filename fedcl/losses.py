@@ -1,0 +1,111 @@
+"""Losses of the form `(params, batch, key) -> (loss, aux)`.
+
+The scalar is the mean over real rows, weighted by `batch["mask"]`; `aux` is the
+model's output with rows first, which distillation and replay methods read.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fedcl import base
+
+HIDDEN = -1e9  # The logit of a class that a head mask rules out.
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Mean over rows weighted by `mask`; 0 if no row is real.
+
+    Args:
+      values: [B].
+      mask: [B] non-negative weights.
+
+    Returns:
+      ().
+
+    >>> masked_mean(jnp.array([1.0, 3.0, 100.0]), jnp.array([1.0, 1.0, 0.0])).item()
+    2.0
+    """
+    return jnp.sum(values * mask) / jnp.maximum(jnp.sum(mask), 1e-9)
+
+
+def cross_entropy(logits: jax.Array, y: jax.Array) -> jax.Array:
+    """Cross-entropy of each row, [B].
+
+    Args:
+      logits: [B, Y].
+      y: [B] integer labels.
+    """
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y)
+
+
+def with_head(logits: jax.Array, batch: base.Batch) -> jax.Array:
+    """Rules out the classes that `batch["head"]` [B, Y] marks 0, if there is one."""
+    if "head" not in batch:
+        return logits
+    return jnp.where(batch["head"] > 0, logits, HIDDEN)
+
+
+def softmax(apply: Callable[..., jax.Array]) -> base.LossFn:
+    """Masked mean cross-entropy of a classifier; `aux` is the logits [B, Y].
+
+    Args:
+      apply: `(params, x, key) -> logits`.
+
+    Returns:
+      A loss over batches with "x", "y", "mask" and optionally "head".
+
+    >>> loss = softmax(lambda params, x, key: x @ params)
+    >>> batch = {"x": jnp.eye(2), "y": jnp.array([0, 1]), "mask": jnp.ones(2)}
+    >>> round(loss(jnp.zeros((2, 2)), batch, None)[0].item(), 4)
+    0.6931
+    """
+
+    def loss_fn(params, batch, key):
+        logits = with_head(apply(params, batch["x"], key), batch)
+        ce = cross_entropy(logits, batch["y"])
+        return masked_mean(ce, batch["mask"]), logits
+
+    return loss_fn
+
+
+def squared(apply: Callable[..., jax.Array]) -> base.LossFn:
+    """Masked mean of half the squared error; `aux` is the prediction.
+
+    Args:
+      apply: `(params, x, key) -> prediction [B, ...]`.
+
+    Returns:
+      A loss over batches with "x", "y" of the prediction's shape, and "mask".
+    """
+
+    def loss_fn(params, batch, key):
+        out = apply(params, batch["x"], key)
+        rows = jnp.square(out - batch["y"]).reshape(out.shape[0], -1)
+        return masked_mean(0.5 * jnp.sum(rows, axis=1), batch["mask"]), out
+
+    return loss_fn
+
+
+def next_token(apply: Callable[..., jax.Array]) -> base.LossFn:
+    """Mean cross-entropy of each next token; `aux` is the logits [B, L, V].
+
+    Args:
+      apply: `(params, tokens [B, L], key) -> logits [B, L, V]`.
+
+    Returns:
+      A loss over batches with "x" [B, L] int32, "mask" [B] and optionally "real"
+      [B, L], 0 where a token is padding or not to be learnt.
+    """
+
+    def loss_fn(params, batch, key):
+        logits = apply(params, batch["x"], key)
+        ce = cross_entropy(logits[:, :-1], batch["x"][:, 1:])
+        real: Any = batch.get("real", jnp.ones_like(batch["x"]))[:, 1:]
+        weight = real * batch["mask"][:, None]
+        return masked_mean(ce.reshape(-1), weight.reshape(-1)), logits
+
+    return loss_fn

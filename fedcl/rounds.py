@@ -1,0 +1,505 @@
+"""Many rounds: fused on the device (`run`), or fed from the host (`loop`)."""
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.tree_util import Partial
+
+from fedcl import _engine, base, cohorts, phases, tree
+from fedcl.checkpoint import Checkpoints, Interrupt
+
+PyTree = Any
+round_fn = _engine.round_fn
+
+
+class History(NamedTuple):
+    """What a run recorded. With seeds, every array has the seed axis first."""
+
+    rounds: dict[str, np.ndarray]  # [T, ...], and [T, C] for what each client did.
+    evaluations: dict[str, np.ndarray]  # [E, ...]
+    at: np.ndarray  # [E] rounds done at each evaluation.
+
+
+class Progress(NamedTuple):
+    """What a progress callback is told after each segment."""
+
+    done: int
+    rounds: int
+    metrics: dict[str, np.ndarray]
+    evaluation: dict[str, np.ndarray]
+
+
+class FaultError(RuntimeError):
+    """A client misbehaved; carries the state and history up to that point.
+
+    Attributes:
+      state: the federation after the segment in which it happened; the client's
+        message was left out of every aggregation.
+      history: what was recorded, that segment included.
+    """
+
+    def __init__(self, message: str, state: base.State, history: History):
+        super().__init__(message)
+        self.state = state
+        self.history = history
+
+
+def _segment(
+    state: base.State,
+    key: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+    parts: tuple[phases.Phase, ...],
+    stream: Any,
+    evaluate: Callable[[base.State], PyTree] | None,
+    *,
+    length: int,
+    whole: bool,
+) -> tuple[base.State, dict, dict]:
+    """`length` rounds from `start`, those before `stop`, and one evaluation."""
+
+    def one(state, t):
+        return phases.step(parts, state, key, t, stream)
+
+    def guarded(state, t):
+        told = jax.eval_shape(one, state, t)[1]
+        skip = lambda s, t: (s, tree.zeros_like(told))
+        return jax.lax.cond(t < stop, one, skip, state, t)
+
+    ts = start + jnp.arange(length)
+    state, metrics = jax.lax.scan(one if whole else guarded, state, ts)
+    return state, metrics, _evaluation(evaluate, state)
+
+
+def _evaluation(evaluate: Callable | None, state: base.State) -> dict:
+    if evaluate is None:
+        return {}
+    value = evaluate(state)
+    return value if isinstance(value, dict) else {"value": value}
+
+
+@partial(jax.jit, static_argnames=("length", "whole", "seeded"), donate_argnums=0)
+def _compiled(
+    state, key, start, stop, parts, stream, evaluate, *, length, whole, seeded
+):
+    fn = partial(_segment, length=length, whole=whole)
+    if seeded:
+        fn = jax.vmap(fn, in_axes=(0, 0, None, None, None, None, None))
+    return fn(state, key, start, stop, parts, stream, evaluate)
+
+
+@partial(jax.jit, static_argnames=("seeded",))
+def _evaluated(state, evaluate, *, seeded):
+    fn = lambda s: _evaluation(evaluate, s)
+    return (jax.vmap(fn) if seeded else fn)(state)
+
+
+def run(
+    algorithm: base.Algorithm | Sequence[phases.Phase],
+    state: base.State,
+    stream: base.StreamLike,
+    *,
+    key: jax.Array,
+    rounds: int,
+    cohort: cohorts.Sampler | None = None,
+    schedule: _engine.Schedule = "vmap",
+    mesh: Mesh | None = None,
+    evaluate: Callable[[base.State], PyTree] | None = None,
+    every: int | None = None,
+    nonfinite: str = "raise",
+    checkpoint: Checkpoints | None = None,
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> tuple[base.State, History]:
+    """Runs rounds fused by `lax.scan`, with evaluations, checkpoints and progress.
+
+    One program is compiled for all rounds: `every` rounds and one evaluation. Its
+    state is donated; the state passed in is copied first and stays valid.
+
+    Args:
+      algorithm: an `Algorithm`, or the phases of a round, see `fedcl.phases`.
+      state: from `algorithm.init`; with seeds, stacked to [S, ...].
+      stream: a pure stream, see `fedcl.streams`; a pytree, passed as an argument.
+      key: the run's key, (); or [S] keys for S seeds, run side by side by `vmap`.
+      rounds: how many rounds in all, those of a resumed run included.
+      cohort: who takes part, for an `Algorithm`; everyone by default.
+      schedule: "vmap", "scan", a chunk size, or "auto", which times the first
+        three candidates on a round and keeps the fastest; for an `Algorithm`.
+      mesh: a mesh with an axis "clients"; for an `Algorithm`.
+      evaluate: `(state) -> dict of arrays`, on the device. Give large arrays to it
+        by `jax.tree_util.Partial`, so that they are arguments of the program.
+      every: rounds between evaluations, and between looks from the host; by
+        default about a tenth of `rounds`. There is an evaluation at round 0 too.
+      nonfinite: what follows when a client sends NaN or Inf, which is never
+        averaged: "raise" stops, naming round and client; "drop" counts on, see the
+        metric "nonfinite".
+      checkpoint: where and how often to save.
+      resume: continue from the newest whole checkpoint; refused without one only
+        if the directory holds checkpoints of something else.
+      progress: called after every segment.
+
+    Returns:
+      The final state and the history.
+
+    Raises:
+      ValueError: for arguments that do not fit each other.
+      FaultError: for a non-finite message (see `nonfinite`), or for duplicate or
+        unknown client ids in a cohort.
+      CheckpointError: for a checkpoint that does not belong to this run.
+      Interrupted: after Ctrl-C, when everything is saved.
+    """
+    if nonfinite not in ("raise", "drop"):
+        raise ValueError(f'nonfinite is {nonfinite!r}; it must be "raise" or "drop".')
+    _check_rounds(rounds, every)
+    every = min(every or max(1, rounds // 10), rounds)
+    seeded = key.ndim == 1
+    _check_population(state, stream, seeded)
+    if schedule == "auto":
+        one = _first_seed(state, key) if seeded else (state, key)
+        schedule = choose_schedule(algorithm, *one, stream, cohort=cohort, mesh=mesh)
+    parts = _parts(algorithm, cohort, schedule, mesh)
+    state = jax.tree.map(jnp.copy, state)
+    begin = lambda s: phases.start(parts, s)
+    state = (jax.vmap(begin) if seeded else begin)(state)
+    evaluate = evaluate if evaluate is None or _is_tree(evaluate) else Partial(evaluate)
+    whole = rounds % every == 0
+
+    def segment(state, start, stop):
+        return _compiled(
+            _engine.place(state, mesh, seeded),
+            key,
+            jnp.int32(start),
+            jnp.int32(stop),
+            parts,
+            stream,
+            evaluate,
+            length=every,
+            whole=whole,
+            seeded=seeded,
+        )
+
+    first = lambda s: _evaluated(s, evaluate, seeded=seeded)
+    options = _Options(rounds, every, nonfinite, checkpoint, resume, progress, seeded)
+    return _drive(segment, first, state, key, options)
+
+
+def _is_tree(fn: Callable) -> bool:
+    return not jax.tree_util.all_leaves([fn])
+
+
+def _check_rounds(rounds: int, every: int | None) -> None:
+    if rounds < 1 or (every is not None and every < 1):
+        raise ValueError(
+            f"rounds is {rounds} and every {every}; both must be 1 or more."
+        )
+
+
+def _check_population(state: base.State, stream: Any, seeded: bool) -> None:
+    n = jax.tree.leaves(state.clients)[0].shape[int(seeded)]
+    if n != stream.num_clients:
+        raise ValueError(
+            f"The state has {n} clients and the stream {stream.num_clients}: give "
+            "algorithm.init the stream's num_clients."
+        )
+
+
+def _first_seed(state: base.State, key: jax.Array) -> tuple[base.State, jax.Array]:
+    return tree.gather(state, jnp.int32(0)), key[0]
+
+
+def _parts(
+    algorithm: base.Algorithm | Sequence[phases.Phase],
+    cohort: cohorts.Sampler | None,
+    schedule: _engine.Schedule,
+    mesh: Mesh | None,
+) -> tuple[phases.Phase, ...]:
+    if isinstance(algorithm, base.Algorithm):
+        part = phases.federated(algorithm, cohort=cohort, schedule=schedule, mesh=mesh)
+        return (part,)
+    if cohort is not None:
+        raise ValueError(
+            "cohort= is for an Algorithm; with phases, give it to phases.federated(…)."
+        )
+    return tuple(algorithm)
+
+
+class _Options(NamedTuple):
+    rounds: int
+    every: int
+    nonfinite: str
+    checkpoint: Checkpoints | None
+    resume: bool
+    progress: Callable[[Progress], None] | None
+    seeded: bool
+
+
+def _drive(
+    segment: Callable,
+    first: Callable[[base.State], dict],
+    state: base.State,
+    key: jax.Array,
+    o: _Options,
+) -> tuple[base.State, History]:
+    """The host's part of a run: segments, faults, history, checkpoints, progress."""
+    axis, done, history = int(o.seeded), 0, None
+    if o.checkpoint is not None:
+        saved = o.checkpoint.open(state, key, resume=o.resume)
+        if saved is not None:
+            state, done = saved.state, saved.round
+            history = History(saved.rounds, saved.evaluations, saved.at)
+    if history is None:
+        history = _initial(first(state), axis)
+        if o.checkpoint is not None:
+            o.checkpoint.record(done, history)
+    with Interrupt(o.checkpoint is not None) as interrupt:
+        while done < o.rounds:
+            stop = min(done + o.every, o.rounds)
+            state, metrics, evaluation = segment(state, done, stop)
+            fresh = _fresh(metrics, evaluation, stop, stop - done, axis)
+            history, done = _concatenate(history, fresh, axis), stop
+            if o.checkpoint is not None:
+                o.checkpoint.record(done, fresh)
+                last = done == o.rounds or interrupt.requested
+                o.checkpoint.save(done, state, key, force=last)
+            _check_faults(fresh, done, o, state, history)
+            if o.progress is not None:
+                at = lambda a: np.take(a, -1, axis=axis)
+                told = {k: at(v) for k, v in fresh.rounds.items()}
+                seen = {k: at(v) for k, v in fresh.evaluations.items()}
+                o.progress(Progress(done, o.rounds, told, seen))
+            if interrupt.requested and done < o.rounds:
+                assert o.checkpoint is not None
+                o.checkpoint.close()
+                raise interrupt.error(done, o.rounds, o.checkpoint.directory)
+    if o.checkpoint is not None:
+        o.checkpoint.close()
+    return state, history
+
+
+def _initial(evaluation: dict, axis: int) -> History:
+    seen = {k: np.expand_dims(np.asarray(v), axis) for k, v in evaluation.items()}
+    return History({}, seen, np.zeros(1 if seen else 0, np.int64))
+
+
+def _fresh(metrics: dict, evaluation: dict, at: int, n: int, axis: int) -> History:
+    told = {k: np.asarray(v) for k, v in metrics.items()}
+    told = {k: v[:, :n] if axis else v[:n] for k, v in told.items()}
+    seen = _initial(evaluation, axis)
+    return History(told, seen.evaluations, np.full(len(seen.at), at, np.int64))
+
+
+def _concatenate(a: History, b: History, axis: int) -> History:
+    def join(x: dict, y: dict) -> dict:
+        if not x:
+            return y
+        return {k: np.concatenate([x[k], y[k]], axis=axis) for k in y}
+
+    return History(
+        join(a.rounds, b.rounds),
+        join(a.evaluations, b.evaluations),
+        np.concatenate([a.at, b.at]),
+    )
+
+
+def _check_faults(
+    fresh: History, done: int, o: _Options, state: base.State, history: History
+) -> None:
+    """Raises for the first non-finite message or impossible cohort of a segment."""
+    kinds = {
+        "fault": "is listed twice in the cohort, or is not in the population: draw "
+        "distinct ids from 0 to N − 1",
+        "nonfinite": "sent NaN or Inf. Its message was left out and its state kept. "
+        'Lower the learning rate, clip, or pass nonfinite="drop" to go on without it',
+    }
+    if o.nonfinite == "drop":
+        del kinds["nonfinite"]
+    for name, flags in fresh.rounds.items():
+        kind = name.rsplit("/", 1)[-1]
+        if kind not in kinds or not flags.any():
+            continue
+        where = tuple(np.argwhere(flags)[0])
+        t = done - flags.shape[int(o.seeded)] + int(where[-2])
+        client = int(fresh.rounds[name.replace(kind, "client")][where])
+        seed = f" (seed {int(where[0])})" if o.seeded else ""
+        raise FaultError(
+            f"Round {t}{seed}: client {client} {kinds[kind]}.", state, history
+        )
+
+
+def choose_schedule(
+    algorithm: base.Algorithm | Sequence[phases.Phase],
+    state: base.State,
+    key: jax.Array,
+    stream: base.StreamLike,
+    *,
+    cohort: cohorts.Sampler | None = None,
+    mesh: Mesh | None = None,
+    repeats: int = 3,
+    tell: Callable[[str], None] | None = None,
+) -> _engine.Schedule:
+    """Times a round under each candidate schedule and returns the fastest.
+
+    Args:
+      algorithm: an `Algorithm`; phases carry their own schedule.
+      state: one federation.
+      key: the run's key.
+      stream: the stream.
+      cohort: who takes part.
+      mesh: where.
+      repeats: timed rounds per candidate, the smallest counts.
+      tell: is told the times in a sentence.
+
+    Returns:
+      "vmap", "scan" or a chunk size.
+
+    Raises:
+      ValueError: if given phases.
+    """
+    if not isinstance(algorithm, base.Algorithm):
+        raise ValueError('schedule="auto" needs an Algorithm, not a list of phases.')
+    sampler = cohort or cohorts.everyone()
+    size = sampler.draw(key, jnp.int32(0), stream.num_clients).client.shape[0]
+    per_device = size // (1 if mesh is None else mesh.shape[_engine.AXIS])
+    candidates: list[_engine.Schedule] = ["vmap", "scan"]
+    if per_device >= 8:
+        candidates.append(math.isqrt(per_device))
+    times = {}
+    for candidate in candidates:
+        parts = _parts(algorithm, cohort, candidate, mesh)
+        ready = _engine.place(phases.start(parts, state), mesh)
+        one = jax.jit(partial(phases.step, parts))
+        go = lambda: jax.block_until_ready(one(ready, key, jnp.int32(0), stream))
+        go()
+        times[candidate] = min(_timed(go) for _ in range(repeats))
+    best = min(times, key=lambda c: times[c])
+    if tell is not None:
+        listed = ", ".join(f"{c}: {1e3 * t:.1f} ms" for c, t in times.items())
+        tell(f"schedule {best!r}, the fastest of a round by {listed}")
+    return best
+
+
+def _timed(go: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    go()
+    return time.perf_counter() - start
+
+
+def loop(
+    algorithm: base.Algorithm,
+    state: base.State,
+    stream: Any,
+    *,
+    key: jax.Array,
+    rounds: int,
+    cohort: cohorts.Sampler | None = None,
+    schedule: _engine.Schedule = "vmap",
+    mesh: Mesh | None = None,
+    evaluate: Callable[[base.State], PyTree] | None = None,
+    every: int | None = None,
+    nonfinite: str = "raise",
+    checkpoint: Checkpoints | None = None,
+    resume: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    prefetch: int = 2,
+) -> tuple[base.State, History]:
+    """`run` for a stream whose rows live on the host, fetched ahead by a thread.
+
+    Who takes part, which rows are drawn and every key are those of `run`, so on the
+    same data the result is the same.
+
+    Args:
+      algorithm: an `Algorithm`.
+      state: from `algorithm.init`.
+      stream: a hosted stream: `indices(key, client, round)` says on the device which
+        rows, `fetch(index, mask, context)` reads them, see `fedcl.streams.hosted`.
+      key: the run's key, ().
+      rounds: as in `run`, like all further arguments.
+      cohort: as in `run`.
+      schedule: "vmap", "scan" or a chunk size.
+      mesh: as in `run`.
+      evaluate: as in `run`.
+      every: as in `run`.
+      nonfinite: as in `run`.
+      checkpoint: as in `run`.
+      resume: as in `run`.
+      progress: as in `run`.
+      prefetch: rounds to fetch ahead.
+
+    Returns:
+      The final state and the history.
+    """
+    _check_rounds(rounds, every)
+    _check_population(state, stream, False)
+    every = min(every or max(1, rounds // 10), rounds)
+    sampler = cohort or cohorts.everyone()
+    _engine.check_mesh(mesh, stream.num_clients, sampler.shards)
+    one_round = jax.jit(round_fn(algorithm, schedule=schedule, mesh=mesh))
+    plan = jax.jit(partial(_plan, stream, sampler))
+    evaluate = evaluate if evaluate is None or _is_tree(evaluate) else Partial(evaluate)
+
+    def visits(t: int) -> tuple[base.Visit, cohorts.Cohort]:
+        who, index, visit = plan(key, jnp.int32(t))
+        batches = stream.fetch(*map(np.asarray, index))
+        live = np.any(batches["mask"] > 0, axis=-1) if stream.ragged else None
+        return visit._replace(batches=batches, live=live), who
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = _Ahead(pool, visits, rounds, prefetch)
+
+        def segment(state, start, stop):
+            told = []
+            state = _engine.place(state, mesh)
+            for t in range(start, stop):
+                visit, who = ahead.take(t)
+                state, metrics = one_round(state, visit, who.train, who.report)
+                told.append(metrics)
+            metrics = jax.tree.map(lambda *xs: np.stack(xs), *told)
+            return state, metrics, _evaluated(state, evaluate, seeded=False)
+
+        first = lambda s: _evaluated(s, evaluate, seeded=False)
+        options = _Options(
+            rounds, every, nonfinite, checkpoint, resume, progress, False
+        )
+        return _drive(segment, first, state, key, options)
+
+
+def _plan(stream: Any, sampler: cohorts.Sampler, key: jax.Array, t: jax.Array):
+    """The part of a round that needs no rows, with the keys of `phases.step`."""
+    key = jax.random.fold_in(jax.random.fold_in(key, t), 0)
+    who = sampler.draw(jax.random.fold_in(key, 0), t, stream.num_clients)
+    k_clients = jax.random.fold_in(key, 1)
+
+    def one(client):
+        k_data, k_visit = jax.random.split(jax.random.fold_in(k_clients, client))
+        index = stream.indices(k_data, client, t)
+        visit = base.Visit({}, stream.task(client, t), client, t, k_visit)
+        return index, visit, stream.present(client, t)
+
+    index, visit, present = jax.vmap(one)(who.client)
+    return who._replace(train=who.train & present), index, visit
+
+
+class _Ahead:
+    """Fetches visits in order, a few rounds ahead."""
+
+    def __init__(self, pool: ThreadPoolExecutor, fetch: Callable, stop: int, n: int):
+        self._pool, self._fetch, self._stop, self._n = pool, fetch, stop, max(n, 1)
+        self._ready: dict[int, Future] = {}
+
+    def take(self, t: int) -> Any:
+        for ahead in itertools.islice(self._rounds(t), self._n):
+            if ahead not in self._ready:
+                self._ready[ahead] = self._pool.submit(self._fetch, ahead)
+        return self._ready.pop(t).result()
+
+    def _rounds(self, t: int) -> Iterator[int]:
+        return iter(range(t, self._stop))

@@ -1,0 +1,193 @@
+"""Convolution as patches and a matrix product, and a small convolutional network."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from fedcl.models._init import lecun_init
+from fedcl.models._model import Model, from_nnx
+
+Padding = Literal["SAME", "VALID"]
+
+
+def patches(
+    x: jax.Array, kernel: int, stride: int = 1, padding: Padding = "SAME"
+) -> jax.Array:
+    """The k x k neighbourhood of every output pixel, laid out along the channels.
+
+    Args:
+      x: images, [B, H, W, D].
+      kernel: k, the side of the window.
+      stride: step of the window.
+      padding: `"SAME"` or `"VALID"`, as in `jax.lax.conv_general_dilated`.
+
+    Returns:
+      [B, H', W', k * k * D]; the order is that of a [k, k, D, out] kernel reshaped
+      to [k * k * D, out].
+
+    >>> patches(jnp.ones((2, 8, 8, 3)), 3, 2).shape
+    (2, 4, 4, 27)
+    """
+    sides = x.shape[1:3]
+    pads = jax.lax.padtype_to_pads(sides, (kernel, kernel), (stride, stride), padding)
+    x = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+    ends = [side + sum(pad) - kernel + 1 for side, pad in zip(sides, pads, strict=True)]
+    views = [
+        x[:, i : i + ends[0] : stride, j : j + ends[1] : stride]
+        for i in range(kernel)
+        for j in range(kernel)
+    ]
+    return jnp.concatenate(views, axis=-1)
+
+
+def pooled(x: jax.Array, size: int, kind: Literal["max", "avg"]) -> jax.Array:
+    """Max or average over size x size tiles, by a reshape.
+
+    Args:
+      x: [B, H, W, D], H and W multiples of `size`.
+      size: side of a tile.
+      kind: `"max"` or `"avg"`.
+
+    Returns:
+      [B, H / size, W / size, D].
+
+    >>> pooled(jnp.arange(4.0).reshape(1, 2, 2, 1), 2, "avg").item()
+    1.5
+    """
+    rows, height, width, depth = x.shape
+    tiles = x.reshape(rows, height // size, size, width // size, size, depth)
+    return (jnp.max if kind == "max" else jnp.mean)(tiles, axis=(2, 4))
+
+
+class PatchConv(nnx.Module):
+    """A 2-d convolution that is one matrix product, equal to `lax.conv`.
+
+    `jax.lax.conv_general_dilated` under vmap over clients with their own kernels is
+    a grouped convolution, about 20 times slower on a CPU. The kernel lives in
+    `linear`, [k * k * in, out], so that LoRA can be put beside it.
+
+    Cost: the patches take k² times the memory of the input.
+
+    >>> conv = PatchConv(3, 8, 3, rngs=nnx.Rngs(0))
+    >>> conv(jnp.ones((2, 8, 8, 3))).shape
+    (2, 8, 8, 8)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel: int,
+        *,
+        stride: int = 1,
+        padding: Padding = "SAME",
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.linear = nnx.Linear(kernel * kernel * in_features, out_features, rngs=rngs)
+        self.window = (kernel, stride, padding)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.linear(patches(x, *self.window))
+
+
+class ConvNet(nnx.Module):
+    """Stages of convolution, GroupNorm, activation and 2 x 2 pooling, then `head`."""
+
+    def __init__(
+        self,
+        image: tuple[int, int, int],
+        widths: Sequence[int],
+        num_classes: int,
+        kernel: int,
+        groups: int,
+        activation: Callable[[jax.Array], jax.Array],
+        pool: Literal["max", "avg"],
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
+        pairs = list(zip((image[2], *widths[:-1]), widths, strict=True))
+        convs = [PatchConv(m, n, kernel, rngs=rngs) for m, n in pairs]
+        norms = [nnx.GroupNorm(n, num_groups=groups, rngs=rngs) for n in widths]
+        self.convs, self.norms = nnx.List(convs), nnx.List(norms)
+        side = 2 ** len(widths)
+        features = image[0] // side * (image[1] // side) * widths[-1]
+        self.head = nnx.Linear(features, num_classes, rngs=rngs)
+        self.image, self.activation, self.pool = image, activation, pool
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.reshape(x.shape[0], *self.image)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = pooled(self.activation(norm(conv(x))), 2, self.pool)
+        return self.head(x.reshape(x.shape[0], math.prod(x.shape[1:])))
+
+
+def convnet(
+    image: tuple[int, int, int] = (8, 8, 1),
+    widths: Sequence[int] = (16, 32),
+    num_classes: int = 10,
+    *,
+    kernel: int = 3,
+    groups: int = 4,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
+    pool: Literal["max", "avg"] = "max",
+) -> Model:
+    """A small convolutional network with GroupNorm.
+
+    One stage per width: convolution ("SAME"), GroupNorm (Wu and He, "Group
+    Normalization", 2018, https://arxiv.org/abs/1803.08494), activation, 2 x 2
+    pooling; then a linear head on the flattened features.
+
+    Args:
+      image: height, width, channels.
+      widths: channels of the stages; each halves height and width.
+      num_classes: outputs.
+      kernel: side of the convolution windows.
+      groups: groups of GroupNorm; must divide every width.
+      activation: elementwise.
+      pool: `"max"` or `"avg"`.
+
+    Returns:
+      A model with parameters `convs/0/linear`, `norms/0`, …, `head`; `apply` takes
+      [B, H, W, D] (or rows flattened) and gives [B, num_classes].
+
+    Raises:
+      ValueError: if an image side is not a multiple of 2 ** len(widths), a width is
+        not a multiple of `groups`, or `pool` is neither of the two.
+
+    Cost: patches and a matrix product, see `PatchConv`.
+
+    >>> model = convnet((8, 8, 1), widths=(4,), num_classes=3)
+    >>> params = model.init(jax.random.key(0))
+    >>> model.apply(params, jnp.ones((5, 8, 8, 1))).shape
+    (5, 3)
+    """
+    _check(image, widths, groups, pool)
+    return from_nnx(
+        lambda rngs: ConvNet(
+            image, widths, num_classes, kernel, groups, activation, pool, rngs=rngs
+        ),
+        init=lecun_init,
+    )
+
+
+def _check(
+    image: tuple[int, int, int], widths: Sequence[int], groups: int, pool: str
+) -> None:
+    side = 2 ** len(widths)
+    if image[0] % side or image[1] % side:
+        raise ValueError(
+            f"convnet: {len(widths)} stages halve the image {len(widths)} times, so "
+            f"its sides must be multiples of {side}, got {image[0]} x {image[1]}; pass "
+            "fewer widths or pad the images."
+        )
+    if not widths or any(width % groups for width in widths):
+        raise ValueError(
+            f"convnet: every width must be a multiple of groups={groups} and there "
+            f"must be at least one, got widths={tuple(widths)}."
+        )
+    if pool not in ("max", "avg"):
+        raise ValueError(f"convnet: `pool` must be 'max' or 'avg', got {pool!r}.")

@@ -1,0 +1,94 @@
+"""Initialisation of fedcl's own networks from one random draw."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fedcl.models._model import Params, leaves
+
+EMBEDDING_STD = 0.02
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _normal(key: jax.Array, shapes: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    sizes = [math.prod(shape) for shape in shapes]
+    flat = jax.random.normal(key, (sum(sizes),))
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [
+        flat[end - n : end].reshape(shape)
+        for shape, n, end in zip(shapes, sizes, ends, strict=True)
+    ]
+
+
+def normals(key: jax.Array, shapes: list[tuple[int, ...]]) -> list[jax.Array]:
+    """Standard normal arrays of the given shapes, from a single draw.
+
+    A draw per array compiles the generator once per array; one flat draw, cut into
+    pieces, took 0.7 s where a draw per parameter took 8 (ViT of depth 2, three seeds
+    under vmap, two CPU cores, compilation included).
+
+    >>> [a.shape for a in normals(jax.random.key(0), [(2, 3), (4,)])]
+    [(2, 3), (4,)]
+    """
+    return _normal(key, tuple(shapes))
+
+
+def lecun_init(key: jax.Array, shapes: Params) -> Params:
+    """Draws parameters by name: LeCun-normal kernels, unit scales, zero biases.
+
+    `kernel` [..., in, out] is normal with variance 1/in (LeCun et al., "Efficient
+    BackProp", 1998), `position` and `class_token` are normal with deviation 0.02,
+    `scale` is 1 and `bias` is 0.
+
+    Args:
+      key: a typed key.
+      shapes: nested dict of `jax.ShapeDtypeStruct`.
+
+    Returns:
+      The parameters, a nested dict of the same structure.
+
+    Raises:
+      ValueError: for a parameter with another name.
+
+    >>> shapes = {"kernel": jax.ShapeDtypeStruct((4, 2), jnp.float32)}
+    >>> lecun_init(jax.random.key(0), shapes)["kernel"].shape
+    (4, 2)
+    """
+    named = sorted(leaves(shapes))
+    drawn = [(path, leaf) for path, leaf in named if _std(path, leaf) is not None]
+    noise = normals(key, [leaf.shape for _, leaf in drawn])
+    cut = dict(zip((path for path, _ in drawn), noise, strict=True))
+
+    def value(path: str, leaf: Any) -> jax.Array:
+        std = _std(path, leaf)
+        if std is not None:
+            return (std * cut[path]).astype(leaf.dtype)
+        return jnp.full(leaf.shape, float(path.endswith("scale")), leaf.dtype)
+
+    return _rebuilt(shapes, "", value)
+
+
+def _std(path: str, leaf: Any) -> float | None:
+    name = path.rsplit("/", 1)[-1]
+    if name == "kernel":
+        return leaf.shape[-2] ** -0.5
+    if name in ("position", "class_token"):
+        return EMBEDDING_STD
+    if name in ("scale", "bias"):
+        return None
+    raise ValueError(
+        f"lecun_init: no rule for the parameter {path!r}; known names are kernel, "
+        "position, class_token, scale, bias. Pass your own `init` to from_nnx."
+    )
+
+
+def _rebuilt(shapes: Any, path: str, value: Any) -> Any:
+    if not isinstance(shapes, dict):
+        return value(path, shapes)
+    return {
+        name: _rebuilt(child, f"{path}/{name}" if path else name, value)
+        for name, child in shapes.items()
+    }

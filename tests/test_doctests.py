@@ -1,0 +1,19 @@
+"""Every example in a docstring runs."""
+
+import doctest
+import importlib
+import pkgutil
+
+import fedcl
+import pytest
+
+MODULES = sorted(
+    m.name for m in pkgutil.walk_packages(fedcl.__path__, prefix="fedcl.")
+)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name):
+    module = importlib.import_module(name)
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS)
+    assert result.failed == 0
