@@ -106,8 +106,9 @@ def fedavg(
                 bound,
             )
 
-        k_begin, k_steps, k_end = jax.random.split(visit.key, 3)
-        memory = method.begin(client.memory, server.params, context(k_begin, 0))
+        steps = visit.batches["mask"].shape[0]
+        keys = jax.random.split(visit.key, 2 * steps + 2)
+        memory = method.begin(client.memory, server.params, context(keys[-1], 0))
         scale = jnp.float32(1) if rate is None else rate(visit.round)
         opt_state = {
             "reset": lambda: client_opt.init(server.params),
@@ -117,8 +118,7 @@ def fedavg(
 
         def local_step(carry, xs):
             params, opt_state, memory = carry
-            step, batch, live = xs
-            k_task, k_method = jax.random.split(jax.random.fold_in(k_steps, step))
+            step, (k_task, k_method), batch, live = xs
             here = context(k_method, step)
             augmented = method.batch(memory, batch, here)
 
@@ -137,13 +137,13 @@ def fedavg(
             counts = live.astype(jnp.float32)
             return tree.where(live, new, carry), (jnp.where(live, loss, 0), counts)
 
-        steps = jnp.arange(visit.batches["mask"].shape[0])
+        pairs = keys[:-2].reshape(steps, 2)
+        xs = (jnp.arange(steps), pairs, visit.batches, visit.live)
         carry = (server.params, opt_state, memory)
-        xs = (steps, visit.batches, visit.live)
         (params, opt_state, memory), (losses, counts) = jax.lax.scan(
             local_step, carry, xs
         )
-        memory, told = method.end(memory, params, context(k_end, steps.shape[0]))
+        memory, told = method.end(memory, params, context(keys[-2], steps))
         rows = jnp.sum(visit.batches["mask"])
         message = base.Message(
             tree.sub(server.params, params),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from fedcl import _engine, base, cohorts, statistics, tree
+from fedcl import _engine, _random, base, cohorts, statistics, tree
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -120,7 +120,8 @@ def step(
     """
     key = jax.random.fold_in(key, round)
     n = jax.tree.leaves(state.clients)[0].shape[0]
-    memories, metrics = list(state.phases), {}
+    memories = list(state.phases)
+    metrics: Metrics = {}
     for i, phase in enumerate(phases):
         facts = Facts(jax.random.fold_in(key, i), round, stream, n)
         state, memories[i], told = _one(phase, state, memories[i], facts)
@@ -182,13 +183,11 @@ def federated(
 
     def apply(data, steps, state, memory, facts):
         _engine.check_mesh(mesh, facts.num_clients, sampler.shards)
-        who = sampler.draw(
-            jax.random.fold_in(facts.key, 0), facts.round, facts.num_clients
-        )
+        k_cohort, k_clients = jax.random.split(facts.key)
+        who = sampler.draw(k_cohort, facts.round, facts.num_clients)
         present = jax.vmap(facts.stream.present, in_axes=(0, None))
         who = who._replace(train=who.train & present(who.client, facts.round))
-        key = jax.random.fold_in(facts.key, 1)
-        told = (facts.stream, key, facts.round)
+        told = (facts.stream, k_clients, facts.round)
         state, metrics = run_cohort(state, who, told, who.client)
         return state, memory, metrics
 
@@ -232,7 +231,7 @@ def public(
         def local_step(i, carry):
             params, opt_state, _ = carry
             k_draw, k_loss = jax.random.split(jax.random.fold_in(facts.key, i))
-            index = jax.random.randint(k_draw, (batch_size,), 0, rows)
+            index = _random.below(k_draw, (batch_size,), rows)
             batch = tree.gather(data, index)
             objective = lambda p: loss_fn(tree.merge(p, server.frozen), batch, k_loss)
             (loss, _), grads = jax.value_and_grad(objective, has_aux=True)(params)

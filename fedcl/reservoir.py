@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedcl import base, tree
+from fedcl import _random, base, tree
 
 
 class Reservoir(NamedTuple):
@@ -79,7 +79,7 @@ def add(
     before = jnp.tril(jnp.ones((b, b), bool), -1)
     same = (group[:, None] == group[None, :]) & real[None, :]
     n = memory.seen[group] + jnp.sum(same & before, axis=1)
-    drawn = jax.random.randint(key, (b,), 0, n + 1)
+    drawn = _random.below(key, (b,), n + 1)
     slot = jnp.where(n < share, n, drawn)
     slot = jnp.where(real & (slot < share), group * share + slot, capacity)
     overwritten = jnp.any((slot[:, None] == slot[None, :]) & before.T, axis=1)
@@ -101,9 +101,12 @@ def sample(memory: Reservoir, n: int, key: jax.Array) -> base.Batch:
     Returns:
       Leaves [n, ...]; all with mask 0 while the reservoir is empty.
     """
-    filled = memory.rows["mask"] > 0
-    score = jnp.where(filled, 0.0, -jnp.inf).at[0].max(-1e9)
-    index = jax.random.categorical(key, score, shape=(n,))
+    share = memory.rows["mask"].shape[0] // memory.seen.shape[0]
+    filled = jnp.cumsum(jnp.minimum(memory.seen, share))
+    drawn = _random.below(key, (n,), jnp.maximum(filled[-1], 1))
+    group = jnp.searchsorted(filled, drawn, side="right")
+    before = jnp.concatenate([jnp.zeros(1, jnp.int32), filled])[group]
+    index = jnp.where(filled[-1] > 0, group * share + drawn - before, 0)
     return tree.gather(memory.rows, index)
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,42 +15,14 @@ from jax.sharding import Mesh
 from jax.tree_util import Partial
 
 from fedcl import _engine, base, cohorts, phases, tree
-from fedcl.checkpoint import Checkpoints, Interrupt
+from fedcl._host import FaultError as FaultError
+from fedcl._host import History as History
+from fedcl._host import Options, drive
+from fedcl._host import Progress as Progress
+from fedcl.checkpoint import Checkpoints
 
 PyTree = Any
 round_fn = _engine.round_fn
-
-
-class History(NamedTuple):
-    """What a run recorded. With seeds, every array has the seed axis first."""
-
-    rounds: dict[str, np.ndarray]  # [T, ...], and [T, C] for what each client did.
-    evaluations: dict[str, np.ndarray]  # [E, ...]
-    at: np.ndarray  # [E] rounds done at each evaluation.
-
-
-class Progress(NamedTuple):
-    """What a progress callback is told after each segment."""
-
-    done: int
-    rounds: int
-    metrics: dict[str, np.ndarray]
-    evaluation: dict[str, np.ndarray]
-
-
-class FaultError(RuntimeError):
-    """A client misbehaved; carries the state and history up to that point.
-
-    Attributes:
-      state: the federation after the segment in which it happened; the client's
-        message was left out of every aggregation.
-      history: what was recorded, that segment included.
-    """
-
-    def __init__(self, message: str, state: base.State, history: History):
-        super().__init__(message)
-        self.state = state
-        self.history = history
 
 
 def _segment(
@@ -188,8 +160,8 @@ def run(
         )
 
     first = lambda s: _evaluated(s, evaluate, seeded=seeded)
-    options = _Options(rounds, every, nonfinite, checkpoint, resume, progress, seeded)
-    return _drive(segment, first, state, key, options)
+    options = Options(rounds, every, nonfinite, checkpoint, resume, progress, seeded)
+    return drive(segment, first, state, key, options)
 
 
 def _is_tree(fn: Callable) -> bool:
@@ -232,109 +204,6 @@ def _parts(
     return tuple(algorithm)
 
 
-class _Options(NamedTuple):
-    rounds: int
-    every: int
-    nonfinite: str
-    checkpoint: Checkpoints | None
-    resume: bool
-    progress: Callable[[Progress], None] | None
-    seeded: bool
-
-
-def _drive(
-    segment: Callable,
-    first: Callable[[base.State], dict],
-    state: base.State,
-    key: jax.Array,
-    o: _Options,
-) -> tuple[base.State, History]:
-    """The host's part of a run: segments, faults, history, checkpoints, progress."""
-    axis, done, history = int(o.seeded), 0, None
-    if o.checkpoint is not None:
-        saved = o.checkpoint.open(state, key, resume=o.resume)
-        if saved is not None:
-            state, done = saved.state, saved.round
-            history = History(saved.rounds, saved.evaluations, saved.at)
-    if history is None:
-        history = _initial(first(state), axis)
-        if o.checkpoint is not None:
-            o.checkpoint.record(done, history)
-    with Interrupt(o.checkpoint is not None) as interrupt:
-        while done < o.rounds:
-            stop = min(done + o.every, o.rounds)
-            state, metrics, evaluation = segment(state, done, stop)
-            fresh = _fresh(metrics, evaluation, stop, stop - done, axis)
-            history, done = _concatenate(history, fresh, axis), stop
-            if o.checkpoint is not None:
-                o.checkpoint.record(done, fresh)
-                last = done == o.rounds or interrupt.requested
-                o.checkpoint.save(done, state, key, force=last)
-            _check_faults(fresh, done, o, state, history)
-            if o.progress is not None:
-                at = lambda a: np.take(a, -1, axis=axis)
-                told = {k: at(v) for k, v in fresh.rounds.items()}
-                seen = {k: at(v) for k, v in fresh.evaluations.items()}
-                o.progress(Progress(done, o.rounds, told, seen))
-            if interrupt.requested and done < o.rounds:
-                assert o.checkpoint is not None
-                o.checkpoint.close()
-                raise interrupt.error(done, o.rounds, o.checkpoint.directory)
-    if o.checkpoint is not None:
-        o.checkpoint.close()
-    return state, history
-
-
-def _initial(evaluation: dict, axis: int) -> History:
-    seen = {k: np.expand_dims(np.asarray(v), axis) for k, v in evaluation.items()}
-    return History({}, seen, np.zeros(1 if seen else 0, np.int64))
-
-
-def _fresh(metrics: dict, evaluation: dict, at: int, n: int, axis: int) -> History:
-    told = {k: np.asarray(v) for k, v in metrics.items()}
-    told = {k: v[:, :n] if axis else v[:n] for k, v in told.items()}
-    seen = _initial(evaluation, axis)
-    return History(told, seen.evaluations, np.full(len(seen.at), at, np.int64))
-
-
-def _concatenate(a: History, b: History, axis: int) -> History:
-    def join(x: dict, y: dict) -> dict:
-        if not x:
-            return y
-        return {k: np.concatenate([x[k], y[k]], axis=axis) for k in y}
-
-    return History(
-        join(a.rounds, b.rounds),
-        join(a.evaluations, b.evaluations),
-        np.concatenate([a.at, b.at]),
-    )
-
-
-def _check_faults(
-    fresh: History, done: int, o: _Options, state: base.State, history: History
-) -> None:
-    """Raises for the first non-finite message or impossible cohort of a segment."""
-    kinds = {
-        "fault": "is listed twice in the cohort, or is not in the population: draw "
-        "distinct ids from 0 to N − 1",
-        "nonfinite": "sent NaN or Inf. Its message was left out and its state kept. "
-        'Lower the learning rate, clip, or pass nonfinite="drop" to go on without it',
-    }
-    if o.nonfinite == "drop":
-        del kinds["nonfinite"]
-    for name, flags in fresh.rounds.items():
-        kind = name.rsplit("/", 1)[-1]
-        if kind not in kinds or not flags.any():
-            continue
-        where = tuple(np.argwhere(flags)[0])
-        t = done - flags.shape[int(o.seeded)] + int(where[-2])
-        client = int(fresh.rounds[name.replace(kind, "client")][where])
-        seed = f" (seed {int(where[0])})" if o.seeded else ""
-        raise FaultError(
-            f"Round {t}{seed}: client {client} {kinds[kind]}.", state, history
-        )
-
-
 def choose_schedule(
     algorithm: base.Algorithm | Sequence[phases.Phase],
     state: base.State,
@@ -372,14 +241,16 @@ def choose_schedule(
     candidates: list[_engine.Schedule] = ["vmap", "scan"]
     if per_device >= 8:
         candidates.append(math.isqrt(per_device))
-    times = {}
-    for candidate in candidates:
+
+    def seconds(candidate: _engine.Schedule) -> float:
         parts = _parts(algorithm, cohort, candidate, mesh)
         ready = _engine.place(phases.start(parts, state), mesh)
         one = jax.jit(partial(phases.step, parts))
         go = lambda: jax.block_until_ready(one(ready, key, jnp.int32(0), stream))
         go()
-        times[candidate] = min(_timed(go) for _ in range(repeats))
+        return min(_timed(go) for _ in range(repeats))
+
+    times = {candidate: seconds(candidate) for candidate in candidates}
     best = min(times, key=lambda c: times[c])
     if tell is not None:
         listed = ", ".join(f"{c}: {1e3 * t:.1f} ms" for c, t in times.items())
@@ -419,8 +290,8 @@ def loop(
     Args:
       algorithm: an `Algorithm`.
       state: from `algorithm.init`.
-      stream: a hosted stream: `indices(key, client, round)` says on the device which
-        rows, `fetch(index, mask, context)` reads them, see `fedcl.streams.hosted`.
+      stream: a hosted stream, see `fedcl.streams.hosted`: its `stream` says on the
+        device which rows, its `fetch(index, mask, context)` reads them.
       key: the run's key, ().
       rounds: as in `run`, like all further arguments.
       cohort: as in `run`.
@@ -443,11 +314,11 @@ def loop(
     sampler = cohort or cohorts.everyone()
     _engine.check_mesh(mesh, stream.num_clients, sampler.shards)
     one_round = jax.jit(round_fn(algorithm, schedule=schedule, mesh=mesh))
-    plan = jax.jit(partial(_plan, stream, sampler))
+    plan = jax.jit(partial(_plan, sampler))
     evaluate = evaluate if evaluate is None or _is_tree(evaluate) else Partial(evaluate)
 
     def visits(t: int) -> tuple[base.Visit, cohorts.Cohort]:
-        who, index, visit = plan(key, jnp.int32(t))
+        who, index, visit = plan(stream.stream, key, jnp.int32(t))
         batches = stream.fetch(*map(np.asarray, index))
         live = np.any(batches["mask"] > 0, axis=-1) if stream.ragged else None
         return visit._replace(batches=batches, live=live), who
@@ -466,17 +337,15 @@ def loop(
             return state, metrics, _evaluated(state, evaluate, seeded=False)
 
         first = lambda s: _evaluated(s, evaluate, seeded=False)
-        options = _Options(
-            rounds, every, nonfinite, checkpoint, resume, progress, False
-        )
-        return _drive(segment, first, state, key, options)
+        options = Options(rounds, every, nonfinite, checkpoint, resume, progress, False)
+        return drive(segment, first, state, key, options)
 
 
-def _plan(stream: Any, sampler: cohorts.Sampler, key: jax.Array, t: jax.Array):
+def _plan(sampler: cohorts.Sampler, stream: Any, key: jax.Array, t: jax.Array):
     """The part of a round that needs no rows, with the keys of `phases.step`."""
     key = jax.random.fold_in(jax.random.fold_in(key, t), 0)
-    who = sampler.draw(jax.random.fold_in(key, 0), t, stream.num_clients)
-    k_clients = jax.random.fold_in(key, 1)
+    k_cohort, k_clients = jax.random.split(key)
+    who = sampler.draw(k_cohort, t, stream.num_clients)
 
     def one(client):
         k_data, k_visit = jax.random.split(jax.random.fold_in(k_clients, client))

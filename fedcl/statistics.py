@@ -243,7 +243,7 @@ def gaussians(
         return tree.add(value, added)
 
     def solve(value):
-        n = jnp.maximum(value.n, 1)
+        n = jnp.where(value.n > 0, value.n, 1)
         mu = value.first / n[:, None]
         outer = jnp.einsum("yd,ye->yde", mu, mu)
         return Gaussians(value.n, mu, value.second / n[:, None, None] - outer)

@@ -116,7 +116,8 @@ class ConvNet(nnx.Module):
         side = 2 ** len(widths)
         features = image[0] // side * (image[1] // side) * widths[-1]
         self.head = nnx.Linear(features, num_classes, rngs=rngs)
-        self.image, self.activation, self.pool = image, activation, pool
+        self.image, self.activation = image, activation
+        self.pool: Literal["max", "avg"] = pool
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = x.reshape(x.shape[0], *self.image)

@@ -42,7 +42,7 @@ def from_linen(
     >>> model.apply(model.init(jax.random.key(0)), jnp.ones((5, 3))).shape
     (5, 2)
     """
-    shape = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, example_x))
+    shape = jax.eval_shape(lambda x: x, example_x)
 
     def variables(key: jax.Array) -> Any:
         x = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)

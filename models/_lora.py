@@ -190,8 +190,9 @@ def _build(factory: Factory, kernels: Shapes, rank: int, rngs: nnx.Rngs) -> nnx.
     module = factory(rngs)
     layers = _linears(module)
     for path, shape in kernels.items():
-        layer = layers[path]
-        layer.__class__ = _adapted(type(layer))
+        layer: Any = layers[path]
+        kind: Any = type(layer)
+        layer.__class__ = _adapted(kind)
         layer.lora = LowRank(_parts(jnp.zeros((*shape[:-1], rank)), shape, rank, 1.0))
     return module
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TypedDict, Unpack
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import ArrayLike
@@ -108,7 +109,7 @@ def from_arrays(
         data={name: jnp.asarray(column) for name, column in table.items()},
         **arrays_of(cells, schedule, prior),
         head=None if head is None else _head(head, schedule.num_contexts),
-        tables=tables,
+        tables=jax.tree.map(jnp.asarray, tables),
         steps=steps or passes * -(-capacity // size),
         batch_size=size,
         draw=draw,

@@ -1,11 +1,10 @@
 """Cells: which rows each client holds in each context, and who is where when."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from numpy.typing import ArrayLike
 
 from fedcl.streams import _checks
@@ -49,8 +48,12 @@ def cells_of(
         edges = np.broadcast_to(edges, (count, *edges.shape[1:]))
     orders = [np.lexsort((within[r], d)) for r, d in zip(groups, dealt, strict=True)]
     rows = np.concatenate([r[o] for r, o in zip(groups, orders, strict=True)])
-    size, start = (np.broadcast_to(a, (count, clients)) for a in (size, start))
-    return Cells(*(a.astype(np.int32) for a in (rows, start, size)), edges)
+    start, size = (np.broadcast_to(a, (count, clients)) for a in (start, size))
+    return Cells(_int(rows), _int(start), _int(size), edges)
+
+
+def _int(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array, np.int32)
 
 
 def groups_of(
@@ -112,30 +115,39 @@ def rescheduled(stream: Stream, schedule: Schedule, prior: ArrayLike | None) -> 
 
 def arrays_of(
     cells: Cells, schedule: Schedule, prior: np.ndarray | None
-) -> dict[str, Array | None]:
+) -> dict[str, Any]:
     """The fields of a `Stream` that say who draws what, and when."""
+    tasks, final = _tasks(cells, schedule, prior)
     return {
         **{
             k: None if v is None else jnp.asarray(v) for k, v in cells._asdict().items()
         },
         "table": jnp.asarray(schedule.table, jnp.float32),
         "clock": jnp.asarray(schedule.clock, jnp.int32),
-        "tasks": jnp.asarray(_tasks(cells, schedule, prior)),
+        "tasks": jnp.asarray(tasks, jnp.int32),
+        "final": jnp.asarray(final),
         "prior": None if prior is None else jnp.asarray(prior),
     }
 
 
-def _tasks(cells: Cells, schedule: Schedule, prior: np.ndarray | None) -> np.ndarray:
-    """The dominant context, [T, N]; before its first a client is in it already."""
-    tasks = np.full(schedule.clock.shape, -1, np.int32)
-    last = tasks[0]
+def _tasks(
+    cells: Cells, schedule: Schedule, prior: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The dominant context and whether it ends, [T, N]: `Stream.tasks`, `final`."""
+    rounds, clients = schedule.clock.shape
+    tasks = np.zeros((rounds, clients), np.int32)
+    there, final = np.zeros((2, rounds, clients), bool)
     for t, clock in enumerate(schedule.clock):
         weights = np.where(_held(cells, prior, t), schedule.table[clock], 0)
-        last = np.where((weights > 0).any(axis=1), weights.argmax(axis=1), last)
-        tasks[t] = last
-    first = (tasks >= 0).argmax(axis=0)
-    known = tasks[first, np.arange(tasks.shape[1])]
-    return np.where(tasks >= 0, tasks, np.maximum(known, 0)[None, :]).astype(np.int32)
+        there[t] = (weights > 0).any(axis=1)
+        tasks[t] = np.where(there[t], weights.argmax(axis=1), tasks[max(t - 1, 0)])
+    later = np.full(clients, -1, np.int32)
+    for t in reversed(range(rounds)):
+        final[t] = there[t] & (later != tasks[t])
+        later = np.where(there[t], tasks[t], later)
+    # Before a client joins, it is in its first context already: no boundary there.
+    waiting = ~np.maximum.accumulate(there, axis=0)
+    return np.where(waiting, np.maximum(later, 0)[None, :], tasks), final
 
 
 def _held(cells: Cells, prior: np.ndarray | None, t: int) -> np.ndarray:

@@ -144,6 +144,9 @@ def _union(first: Stream, second: Stream, schedule: Schedule) -> Stream:
         raise ValueError("streams with a label prior cannot be joined")
     heads = [None if s.head is None else s.head.shape[1] for s in (first, second)]
     _same("classes in head", *heads)
+    head = None
+    if first.head is not None and second.head is not None:
+        head = jnp.concatenate([first.head, second.head])
     moved = len(next(iter(first.data.values())))
     cells = Cells(
         np.concatenate([first.rows, np.asarray(second.rows) + moved]),
@@ -158,7 +161,7 @@ def _union(first: Stream, second: Stream, schedule: Schedule) -> Stream:
         longest,
         **arrays_of(cells, schedule, None),
         data=jax.tree.map(lambda *c: jnp.concatenate(c), first.data, second.data),
-        head=None if first.head is None else jnp.concatenate([first.head, second.head]),
+        head=head,
         tables=(first.tables, second.tables),
         transform=None if plain else joined,
     )

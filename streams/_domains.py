@@ -51,7 +51,7 @@ def permutations(num_contexts: int, shape: Sequence[int], *, seed: int = 0) -> D
 
 def _permute(tables: PyTree, context: Array, batch: Batch) -> Batch:
     x = batch["x"]
-    return batch | {"x": x.reshape(-1)[tables[context]].reshape(x.shape)}
+    return batch | {"x": x.reshape(-1)[jnp.asarray(tables)[context]].reshape(x.shape)}
 
 
 def rotations(angles: ArrayLike) -> Domains:
@@ -69,14 +69,16 @@ def rotations(angles: ArrayLike) -> Domains:
     """
     radians = np.deg2rad(np.asarray(angles, np.float64))
     if radians.ndim != 1 or not len(radians) or not np.isfinite(radians).all():
-        raise ValueError(f"angles must be one finite number per context, got {angles}")
+        raise ValueError(
+            f"angles must be one finite number per context, got {angles!r}"
+        )
     # Rounding keeps quarter turns exact: cos(pi/2) is 6e-17 in floating point.
     turn = np.round(np.stack([np.cos(radians), np.sin(radians)], axis=1), 12) + 0.0
     return Domains(len(turn), _rotate, turn.astype(np.float32))
 
 
 def _rotate(tables: PyTree, context: Array, batch: Batch) -> Batch:
-    cos, sin = tables[context, 0], tables[context, 1]
+    cos, sin = jnp.asarray(tables)[context]
     x = batch["x"].astype(jnp.float32)
     center = [(n - 1) / 2 for n in x.shape[:2]]
     i, j = jnp.meshgrid(*(jnp.arange(n) for n in x.shape[:2]), indexing="ij")

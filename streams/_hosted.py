@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 
 from fedcl.streams import _build, _checks, _tfds
 from fedcl.streams._schedules import Schedule
-from fedcl.streams._stream import Stream
+from fedcl.streams._stream import Indices, Stream
 
 _indices = jax.jit(Stream.indices)
 _sweep_indices = jax.jit(Stream.sweep_indices)
@@ -38,6 +38,42 @@ class Hosted:
     source: Any
     columns: Mapping[str, str] | None = None
 
+    @property
+    def num_clients(self) -> int:
+        """N."""
+        return self.stream.num_clients
+
+    @property
+    def num_contexts(self) -> int:
+        """K."""
+        return self.stream.num_contexts
+
+    @property
+    def num_rounds(self) -> int:
+        """T."""
+        return self.stream.num_rounds
+
+    @property
+    def ragged(self) -> bool:
+        """As `Stream.ragged`."""
+        return self.stream.ragged
+
+    def indices(self, key: Array, client: ArrayLike, round: ArrayLike) -> Indices:
+        """As `Stream.indices`: on the device, the rows that `fetch` is to read."""
+        return self.stream.indices(key, client, round)
+
+    def task(self, client: ArrayLike, round: ArrayLike) -> Array:
+        """As `Stream.task`."""
+        return self.stream.task(client, round)
+
+    def present(self, client: ArrayLike, round: ArrayLike) -> Array:
+        """As `Stream.present`."""
+        return self.stream.present(client, round)
+
+    def ends(self, client: ArrayLike, round: ArrayLike) -> Array:
+        """As `Stream.ends`."""
+        return self.stream.ends(client, round)
+
     def sample(self, key: Array, client: int, round: int) -> dict[str, np.ndarray]:
         """One visit's batches in NumPy, as `Stream.sample`."""
         return self.fetch(*_indices(self.stream, key, client, round))
@@ -57,8 +93,14 @@ class Hosted:
         unique, inverse = np.unique(np.asarray(index), return_inverse=True)
         inverse = inverse.reshape(np.shape(index))
         batch = {k: narrowed[inverse] for k, narrowed in self._read(unique).items()}
-        batch = _finish(self.stream, batch, np.asarray(mask), np.asarray(context))
-        return {name: np.asarray(column) for name, column in batch.items()}
+        mask, context = np.asarray(mask), np.asarray(context)
+        if self.stream.transform is not None:
+            batch = _finish(self.stream, batch, mask, context)
+            return {name: np.asarray(column) for name, column in batch.items()}
+        if self.stream.head is not None:
+            batch["head"] = np.asarray(self.stream.head)[context]
+        own = batch.get("mask", np.float32(1))
+        return batch | {"mask": (mask * own).astype(np.float32)}
 
     def example(self) -> dict[str, jax.ShapeDtypeStruct]:
         """The shapes and types of one batch, without the steps axis."""

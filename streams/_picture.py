@@ -1,7 +1,7 @@
 """A picture of a stream: contexts over rounds per client."""
 
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,6 +36,7 @@ def draw(
     'round'
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     count, rounds, clients = stream.num_contexts, stream.num_rounds, stream.num_clients
     colors = _colors(count)
@@ -44,12 +45,13 @@ def draw(
     axes = figure.add_subplot()
     # Row and column edges, so that client 0, round 0 is a whole cell.
     extent = (-0.5, rounds - 0.5, clients - 0.5, -0.5)
-    axes.imshow(
-        colored(stream, colors), aspect="auto", interpolation="nearest", extent=extent
-    )
-    axes.set(xlabel="round", ylabel="client", title=title)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    cells = colored(stream, colors)
+    axes.imshow(cells, aspect="auto", interpolation="nearest", extent=extent)
+    absent = (cells == _ABSENT).all(axis=-1).any()
+    note = "round (grey: absent)" if absent else "round"
+    axes.set(xlabel=note, ylabel="client", title=title)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     _legend(figure, axes, colors)
     if path is not None:
         figure.savefig(path, dpi=150)
@@ -80,11 +82,11 @@ def _colors(count: int) -> np.ndarray:
     import matplotlib
 
     if count <= 10:
-        return np.asarray(matplotlib.colormaps["tab10"].colors[:count])
+        return matplotlib.colormaps["tab10"](np.arange(count))[:, :3]
     return matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))[:, :3]
 
 
-def _legend(figure: "Figure", axes, colors: np.ndarray) -> None:
+def _legend(figure: "Figure", axes: Any, colors: np.ndarray) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap
 

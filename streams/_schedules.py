@@ -136,7 +136,7 @@ def blurry(
     [0.5, 0.25, 0.25]
     """
     shape = _sizes(num_contexts, num_clients, rounds_per_context)
-    if not 0 <= blur <= 1 or (shape[0] == 1 and blur):
+    if not 0 <= blur <= 1 or (shape[0] == 1 and blur > 0):
         raise ValueError(f"blur must be in [0, 1] (0 with one context), got {blur}")
     one = np.repeat(np.eye(shape[0]), shape[2], axis=0)
     return _together(
@@ -174,7 +174,7 @@ def staggered(
     """
     k, n, length = _sizes(num_contexts, num_clients, rounds_per_context)
     rng = np.random.default_rng(seed)
-    late = _lags(rng.integers(0, int(lag) + 1, n) if _whole(lag) else lag, n)
+    late = _lags(lag, n, rng)
     orders = _orders(order, k, n, rng)
     t = np.arange(k * length + late.max())[:, None]
     stage = np.clip((t - late[None, :]) // length, 0, k - 1)
@@ -247,22 +247,16 @@ def _sizes(contexts: int, clients: int, length: int) -> tuple[int, int, int]:
     return k, n, s
 
 
-def _whole(lag: int | ArrayLike) -> bool:
-    if np.ndim(lag):  # type: ignore[arg-type]
-        return False
-    if not isinstance(lag, int | np.integer) or lag < 0:
-        raise ValueError(f"lag must be a whole number of rounds >= 0, got {lag!r}")
-    return True
-
-
-def _lags(lag: ArrayLike, clients: int) -> np.ndarray:
-    lag = np.asarray(lag)
-    if lag.shape != (clients,) or lag.dtype.kind not in "iu" or (lag < 0).any():
+def _lags(lag: int | ArrayLike, clients: int, rng: np.random.Generator) -> np.ndarray:
+    late = np.asarray(lag)
+    if late.dtype.kind not in "iu" or late.shape not in ((), (clients,)):
         raise ValueError(
-            f"lag must be {clients} whole numbers >= 0, one per client, got "
-            f"{lag.tolist()}"
+            f"lag must be one whole number of rounds, or one per client, [{clients}]; "
+            f"got {late.tolist()!r}"
         )
-    return lag
+    if (late < 0).any():
+        raise ValueError(f"lag must be >= 0, got {late.min()}")
+    return late if late.ndim else rng.integers(0, int(late) + 1, clients)
 
 
 def _orders(

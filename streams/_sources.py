@@ -2,18 +2,17 @@
 
 import gzip
 import importlib.resources
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from fedcl.streams import _checks
 
-_IDX_TYPES = {
+_IDX_TYPES: dict[int, np.dtype[Any]] = {
     0x08: np.dtype(np.uint8),
     0x09: np.dtype(np.int8),
     0x0B: np.dtype(">i2"),
@@ -70,20 +69,31 @@ def npz(
       ValueError: the file is not a whole npz file, or holds Python objects.
       KeyError: a column is not in the file.
     """
-    try:
-        with np.load(path, allow_pickle=False) as table:
-            if not isinstance(table, np.lib.npyio.NpzFile):
-                raise ValueError("it holds one bare array")
-            missing = sorted(set(columns or ()) - set(table.files))
-            found = {} if missing else {k: table[k] for k in columns or table.files}
-    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(
-            f"{path} is not a readable npz file ({error}); it may be cut short, or "
-            "hold Python objects, which are refused"
-        ) from error
+    with open(path, "rb") as file:
+        try:
+            found, names = _read_npz(file, columns)
+        # A damaged header can make NumPy raise nearly anything, from several modules.
+        except Exception as error:
+            raise ValueError(
+                f"{path} is not a readable npz file ({error}); it may be cut short, or "
+                "hold Python objects, which are refused"
+            ) from error
+    missing = sorted(set(columns or ()) - set(names))
     if missing:
-        raise KeyError(f"{path} has no column {missing}; it has {sorted(table.files)}")
+        raise KeyError(f"{path} has no column {missing}; it has {sorted(names)}")
     return _checks.columns(found)
+
+
+def _read_npz(
+    file: BinaryIO, columns: Sequence[str] | None
+) -> tuple[_checks.Columns, list[str]]:
+    """The wanted columns that there are, and the names of all."""
+    table = np.load(file, allow_pickle=False)
+    if not isinstance(table, np.lib.npyio.NpzFile):
+        raise ValueError("it holds one bare array")
+    with table:
+        wanted = table.files if columns is None else columns
+        return {k: table[k] for k in wanted if k in table.files}, table.files
 
 
 def idx(path: str | PathLike[str]) -> np.ndarray:

@@ -35,6 +35,9 @@ class Stream:
     of a jitted function, never a closure. Build one with `class_incremental`,
     `domain_incremental`, `task_incremental` or `from_arrays`.
 
+    The draw is integer arithmetic on the key's bits: a row's probability is exact to
+    (rows of the cell) / 2^32, and the same on every backend.
+
     Axes: `M` rows of the table, `R` of the index, `K` contexts, `N` clients, `T`
     rounds, `U` distinct mixtures, `Y` classes, `B` rows of a batch.
 
@@ -47,6 +50,8 @@ class Stream:
       table: [U, K] float32, distinct mixtures; a row of zeros is absence.
       clock: [T, N] int32, the mixture that client n is in at round t.
       tasks: [T, N] int32, the dominant context; an absent client keeps its last one.
+      final: [T, N] bool, the last round in which the client is there before its
+        dominant context changes, or before it leaves for good.
       prior: [T or 1, N or 1, Y] float32 or None, the label distribution (label
         shift). Within a context, labels that the client lacks are left out.
       edges: [K, N, Y + 1] int32 or None, with `prior`: where each label's rows start
@@ -70,6 +75,7 @@ class Stream:
     table: Array
     clock: Array
     tasks: Array
+    final: Array
     prior: Array | None
     edges: Array | None
     head: Array | None
@@ -163,12 +169,12 @@ class Stream:
     def ends(self, client: ArrayLike, round: ArrayLike) -> Array:
         """Whether the client's task ends with this round, () bool.
 
-        True when the next round's task differs, and in the last round. Hidden
-        boundaries stay hidden: then only in the last.
+        True in the last round, and when the client's task is another one the next
+        time it is there, or there is no next time. Hidden boundaries stay hidden:
+        then only in the last round.
         """
-        later = self.task(client, jnp.asarray(round) + 1)
         last = jnp.asarray(round) >= self.num_rounds - 1
-        return last | (later != self.task(client, round))
+        return last if self.hidden else last | self.final[self._now(round), client]
 
     def sweep(self, client: ArrayLike, round: ArrayLike) -> Batch:
         """Every row of the client's context once, without randomness.
@@ -229,16 +235,15 @@ class Stream:
         self, key: Array, client: ArrayLike, round: ArrayLike
     ) -> tuple[Array, Array, Array]:
         shape = (self.steps, self.batch_size)
-        for_context, for_label, for_row = jax.random.split(key, 3)
+        for_context, for_label, for_row = jax.random.bits(key, (3, *shape), jnp.uint32)
         weights = self._weights(client, round)
-        context = jax.random.categorical(for_context, jnp.log(weights), shape=shape)
-        context = context.astype(jnp.int32)
+        context = _pick(for_context, jnp.broadcast_to(weights, (*shape, len(weights))))
         low, high = jnp.zeros_like(context), self.size[context, client]
         if self.prior is not None and self.edges is not None:
-            logits = jnp.log(self._labels(client, round))[context]
-            label = jax.random.categorical(for_label, logits, axis=-1)
+            label = _pick(for_label, self._labels(client, round)[context])
             low, high = (self.edges[context, client, label + i] for i in (0, 1))
-        offset = jax.random.randint(for_row, shape, low, jnp.maximum(high, low + 1))
+        many = jnp.maximum(high - low, 1).astype(jnp.uint32)
+        offset = low + (for_row % many).astype(jnp.int32)
         mask = jnp.broadcast_to((weights > 0).any(), shape)
         return self._rows(context, client, offset, mask)
 
@@ -247,9 +252,7 @@ class Stream:
     ) -> tuple[Array, Array, Array]:
         context = self._context(client, round)
         size = jnp.where(self.present(client, round), self.size[context, client], 0)
-        orders = jax.vmap(lambda k: _shuffled(k, size, self.capacity))(
-            jax.random.split(key, self.epochs)
-        )
+        orders = _shuffled(key, size, (self.epochs, self.capacity))
         # A client's epochs follow each other without gaps, each in whole batches.
         length = jnp.maximum(-(-size // self.batch_size), 1)
         step = jnp.arange(self.steps)[:, None]
@@ -260,8 +263,18 @@ class Stream:
         return self._rows(context, client, offset, mask)
 
 
-def _shuffled(key: Array, size: Array, capacity: int) -> Array:
-    """A random order of 0 .. size - 1 in the first `size` of `capacity` places."""
-    bits = jax.random.bits(key, (capacity,), jnp.uint32) >> 1
-    last = jnp.uint32(0xFFFFFFFF)
-    return jnp.argsort(jnp.where(jnp.arange(capacity) < size, bits, last))
+def _pick(bits: Array, weights: Array) -> Array:
+    """An index drawn in proportion to `weights`, [..., W]; never one of weight 0."""
+    open_ = weights > 0
+    total = jnp.cumsum(weights, axis=-1)
+    # u < 1 has 24 bits, so that u * total rounds to less than total.
+    u = (bits >> 8).astype(jnp.float32) * 2.0**-24
+    at = u * jnp.where(open_, total, 0).max(axis=-1)
+    return jnp.argmax(open_ & (total > at[..., None]), axis=-1).astype(jnp.int32)
+
+
+def _shuffled(key: Array, size: Array, shape: tuple[int, int]) -> Array:
+    """Random orders of 0 .. size - 1, each in the first `size` places of a row."""
+    bits = jax.random.bits(key, shape, jnp.uint32) >> 1
+    filled = jnp.broadcast_to(jnp.arange(shape[1]) < size, shape)
+    return jnp.argsort(jnp.where(filled, bits, jnp.uint32(0xFFFFFFFF)), axis=-1)

@@ -4,12 +4,11 @@ import doctest
 import importlib
 import pkgutil
 
-import fedcl
 import pytest
 
-MODULES = sorted(
-    m.name for m in pkgutil.walk_packages(fedcl.__path__, prefix="fedcl.")
-)
+import fedcl
+
+MODULES = sorted(m.name for m in pkgutil.walk_packages(fedcl.__path__, prefix="fedcl."))
 
 
 @pytest.mark.parametrize("name", MODULES)

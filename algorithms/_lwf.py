@@ -1,0 +1,130 @@
+r"""Learning without forgetting.
+
+.. math::
+   \ell(\theta) + \lambda T^2 \frac{1}{n} \sum_x
+   \mathrm{KL}\big(\sigma_O(z^*(x)/T)\,\|\,\sigma_O(z(x)/T)\big)
+
+:math:`\sigma_O` is the softmax over the old columns only: those of the classes that the
+client met before its last boundary. :math:`z^*` are the logits of the model of then.
+
+Li and Hoiem, Learning without Forgetting, 2016, https://arxiv.org/abs/1606.09282
+Hinton et al., Distilling the Knowledge in a Neural Network, 2015 (the factor T²),
+https://arxiv.org/abs/1503.02531
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedcl import base, losses, tree
+from fedcl.transforms import transform
+
+COLUMN = "lwf_mask"
+
+
+class Teacher(NamedTuple):
+    """The model of the last boundary, and when each column was first met."""
+
+    params: base.Params  # Like φ.
+    first: jax.Array  # [Y] int32: the context in which a class was met; −1: never.
+    context: jax.Array  # () int32: the client's boundaries so far.
+
+
+def lwf(
+    strength: float, num_classes: int, temperature: float = 2.0
+) -> base.ClientTransform:
+    r"""Distils, on new rows, what the model of the last boundary said of old classes.
+
+    Which classes are old is each client's own history: the labels of its real rows or,
+    if batches have a "head" (task-incremental), the columns of their heads. With heads
+    every old context has a softmax of its own and their losses add up, as in the
+    paper; without, there is one softmax over all old columns. The teacher is what the
+    server sent in the first visit after the boundary. Before it the loss is 0.
+
+    The mean runs over the rows that reach this member of a chain: those of the stream
+    if it stands before a replay method, remembered rows too, by their weight, if after.
+
+    Args:
+      strength: λ.
+      num_classes: Y; `aux` of the loss must be logits [B, Y].
+      temperature: T.
+
+    Returns:
+      A `ClientTransform`. Memory: one copy of φ.
+
+    Raises:
+      ValueError: if `aux` is not [B, Y].
+
+    Cost: one more forward pass, the teacher's; with heads another forward and backward
+    pass, since the student's logits of the old heads are not in `aux`.
+
+    >>> lwf(1.0, num_classes=3).init({"w": jnp.ones(2)}, None).first
+    Array([-1, -1, -1], dtype=int32)
+    """
+
+    def init(params, example):
+        never = jnp.full(num_classes, -1, jnp.int32)
+        return Teacher(params, never, jnp.int32(0))
+
+    def begin(memory, params, ctx):
+        done = Teacher(params, memory.first, memory.context + 1)
+        return tree.where(ctx.boundary, done, memory)
+
+    def batch_(memory, batch, ctx):
+        return {**batch, COLUMN: batch["mask"]}
+
+    def loss(memory, params, batch, aux, ctx):
+        check_logits("lwf", aux, num_classes)
+        old = (memory.first >= 0) & (memory.first < memory.context)
+        head = {"head": jnp.ones_like(batch["head"])} if "head" in batch else {}
+        open_ = {**batch, **head}
+        teacher = ctx.loss_fn(memory.params, open_, ctx.key)[1]
+        student = ctx.loss_fn(params, open_, ctx.key)[1] if head else aux
+        softmax = _groups(memory.first) if head else jnp.where(old, 0, 1)
+        p = _log_softmax(teacher / temperature, softmax)
+        q = _log_softmax(student / temperature, softmax)
+        kl = jnp.sum(jnp.where(old[None, :], jnp.exp(p) * (p - q), 0), axis=1)
+        mean = losses.masked_mean(kl, batch[COLUMN])
+        return strength * temperature**2 * mean
+
+    def update(grads, memory, params, batch, aux, ctx):
+        met = _met(batch, num_classes) & (memory.first < 0)
+        first = jnp.where(met, memory.context, memory.first)
+        return grads, memory._replace(first=first)
+
+    return transform(init=init, begin=begin, batch=batch_, loss=loss, update=update)
+
+
+def check_logits(name: str, aux: base.Aux, num_classes: int) -> None:
+    """Refuses an `aux` that is not logits [B, Y]."""
+    shape = jnp.shape(aux) if isinstance(aux, jax.Array) else type(aux).__name__
+    if not isinstance(aux, jax.Array) or aux.ndim != 2 or shape[1] != num_classes:
+        raise ValueError(
+            f"{name}: the loss's aux is {shape}; with num_classes={num_classes} it must "
+            f"be logits of shape [B, {num_classes}], as fedcl.losses.softmax returns."
+        )
+
+
+def _met(batch: base.Batch, num_classes: int) -> jax.Array:
+    """[Y] bool: the classes of the real rows, or the columns of their heads."""
+    hot = batch["head"] > 0 if "head" in batch else _one_hot(batch["y"], num_classes)
+    return jnp.any(hot & (batch["mask"] > 0)[:, None], axis=0)
+
+
+def _one_hot(y: jax.Array, num_classes: int) -> jax.Array:
+    return y[:, None] == jnp.arange(num_classes, dtype=y.dtype)[None, :]
+
+
+def _groups(first: jax.Array) -> jax.Array:
+    """[Y]: the same number, below Y, for columns first met in the same context."""
+    return jnp.argmax(first[:, None] == first[None, :], axis=1)
+
+
+def _log_softmax(logits: jax.Array, group: jax.Array) -> jax.Array:
+    """Log-softmax of each group of columns by itself; [B, Y] and [Y]."""
+    columns, n = logits.T, group.shape[0]
+    top = jax.lax.stop_gradient(jax.ops.segment_max(columns, group, n))
+    shifted = columns - top[group]
+    total = jax.ops.segment_sum(jnp.exp(shifted), group, n)
+    return (shifted - jnp.log(total[group])).T

@@ -1,0 +1,177 @@
+"""What an experiment's sections must be to each other, checked before anything runs."""
+
+from collections.abc import Iterator
+
+from fedcl import _methods
+from fedcl._config import Arm, Convnet, Experiment, Mlp, Vit
+
+DIGITS = (8, 8, 1)
+
+
+def filled(e: Experiment) -> Experiment:
+    """The experiment with the number of classes written in, here and in its methods."""
+    data = e.data.model_copy(update={"classes": 10 if _digits(e) else e.data.classes})
+    arms = {name: _with_classes(arm, data.classes) for name, arm in e.arms.items()}
+    return e.model_copy(update={"data": data, "arms": arms})
+
+
+def _with_classes(arm: Arm, classes: int | None) -> Arm:
+    known = _methods.methods()
+    chain = []
+    for link in arm.chain:
+        needs = "num_classes" in _methods.parameters(known[link["method"]])
+        given = {"num_classes": classes} if needs and "num_classes" not in link else {}
+        chain.append({**link, **given})
+    return arm.model_copy(update={"chain": chain})
+
+
+def problems(e: Experiment) -> Iterator[str]:
+    """Every impossible combination, one text each."""
+    yield from _data(e)
+    yield from _stream(e)
+    yield from _model(e)
+    yield from _federation(e)
+    for name, arm in e.arms.items():
+        yield from _arm(e, f"arms.{name}", arm)
+    if len(set(e.seeds)) < len(e.seeds):
+        yield f"seeds: given {e.seeds}; each seed may be listed once"
+    rounds = e.stream.rounds_per_context * e.stream.contexts
+    if e.evaluation.every > rounds:
+        yield (
+            f"evaluation.every: given {e.evaluation.every}; at most the number of "
+            f"rounds, {rounds}"
+        )
+
+
+def _digits(e: Experiment) -> bool:
+    return e.data.source == "digits"
+
+
+def _data(e: Experiment) -> Iterator[str]:
+    d, p = e.data, e.public
+    takes = {
+        "digits": (),
+        "npz": ("path",),
+        "idx": ("path", "labels"),
+        "tfds": ("path",),
+    }
+    for key in ("path", "labels"):
+        given = getattr(d, key)
+        if key in takes[d.source] and given is None:
+            yield f'data.{key}: missing; source = "{d.source}" needs it'
+        if key not in takes[d.source] and given is not None:
+            yield f'data.{key}: given {given!r}; source = "{d.source}" takes none'
+    if d.data_dir is not None and d.source != "tfds":
+        yield f'data.data_dir: given {d.data_dir!r}; only source = "tfds" takes it'
+    if _digits(e) and d.classes not in (None, 10):
+        yield f"data.classes: given {d.classes}; digits have 10"
+    if not _digits(e) and d.classes is None:
+        yield "data.classes: missing; how many labels the data have"
+    if d.test + p.fraction >= 1:
+        yield (
+            f"public.fraction: given {p.fraction} beside data.test = {d.test}; "
+            "together they must leave rows for the clients, so less than 1"
+        )
+    if p.fraction == 0 and (p.steps or p.every):
+        key = "steps" if p.steps else "every"
+        yield (
+            f"public.{key}: given {getattr(p, key)}; a public phase needs public "
+            "data, public.fraction above 0"
+        )
+    if p.every and e.federation.schedule == "auto":
+        yield (
+            'federation.schedule: given "auto" with public.every; it times a round of '
+            'one phase. Allowed: "vmap", "scan" or a number'
+        )
+
+
+def _stream(e: Experiment) -> Iterator[str]:
+    s, classes = e.stream, 10 if _digits(e) else e.data.classes
+    if s.kind != "domain_incremental" and classes and classes % s.contexts:
+        fits = [k for k in range(1, classes + 1) if classes % k == 0]
+        yield (
+            f"stream.contexts: given {s.contexts}; {classes} classes cannot be divided "
+            f"evenly over them. Allowed: {', '.join(map(str, fits))}"
+        )
+    if s.order is not None and classes and sorted(s.order) != list(range(classes)):
+        yield f"stream.order: given {s.order}; it must list 0 to {classes - 1} once each"
+    if (s.domains is not None) != (s.kind == "domain_incremental"):
+        what = "missing" if s.domains is None else f"given with kind = {s.kind!r}"
+        yield f'stream.domains: {what}; it is for kind = "domain_incremental"'
+    if s.domains is not None and s.domains.kind == "rotations":
+        if len(s.domains.degrees) != s.contexts:
+            yield (
+                f"stream.domains.degrees: given {len(s.domains.degrees)}; "
+                f"there are {s.contexts} contexts"
+            )
+    if s.drift.kind == "gradual" and s.drift.width > s.rounds_per_context:
+        yield (
+            f"stream.drift.width: given {s.drift.width}; at most "
+            f"rounds_per_context, {s.rounds_per_context}"
+        )
+    if s.draw == "epochs" and s.drift.kind in ("gradual", "blurry"):
+        yield (
+            f'stream.draw: given "epochs" with drift "{s.drift.kind}"; epochs pass '
+            'through one context at a time. Allowed: "replacement"'
+        )
+    if s.partition.kind == "natural" and _digits(e):
+        yield "stream.partition.kind: given 'natural'; digits have no column of owners"
+    for key in ("join", "leave"):
+        given = getattr(s, key)
+        if given is not None and len(given) != s.clients:
+            yield f"stream.{key}: given {len(given)} rounds; there are {s.clients} clients"
+
+
+def _model(e: Experiment) -> Iterator[str]:
+    m = e.model
+    if isinstance(m, Vit):
+        if m.width % m.heads:
+            yield f"model.heads: given {m.heads}; it must divide width, {m.width}"
+        if _digits(e) and DIGITS[0] % m.patch:
+            yield f"model.patch: given {m.patch}; it must divide the image's side, 8"
+    if isinstance(m, Convnet):
+        if any(w % m.groups for w in m.widths):
+            yield f"model.groups: given {m.groups}; it must divide widths, {m.widths}"
+        if _digits(e) and DIGITS[0] % 2 ** len(m.widths):
+            yield f"model.widths: given {m.widths}; 8 pixels can be halved 3 times"
+    if m.train != "lora":
+        return
+    if isinstance(m, Convnet):
+        yield "model.train: given 'lora'; a convnet has none. Allowed: 'full', 'head'"
+    widths = m.hidden if isinstance(m, Mlp) else [m.width] if isinstance(m, Vit) else []
+    if any(m.rank > w for w in widths):
+        yield f"model.rank: given {m.rank}; at most the width, {min(widths)}"
+
+
+def _federation(e: Experiment) -> Iterator[str]:
+    f, n = e.federation, e.stream.clients
+    if f.cohort > n:
+        yield (
+            f"federation.cohort: given {f.cohort}; a cohort is drawn without "
+            f"replacement from stream.clients = {n}. Allowed: 1 to {n}"
+        )
+    if f.client.momentum and f.client.optimizer != "sgd":
+        yield f"federation.client.momentum: {f.client.optimizer} takes none"
+    if f.client.weight_decay and f.client.optimizer != "adamw":
+        yield f"federation.client.weight_decay: {f.client.optimizer} takes none"
+
+
+def _arm(e: Experiment, key: str, arm: Arm) -> Iterator[str]:
+    if arm.joint and e.stream.draw == "epochs":
+        yield f'{key}.joint: it mixes contexts; stream.draw must be "replacement"'
+    names = [link["method"] for link in arm.chain]
+    server = (arm.server or e.federation.server)["method"]
+    if ("feddyn" in names) != (server == "feddyn_server"):
+        yield (
+            f"{key}: the method feddyn and the server feddyn_server belong together; "
+            f"given chain {names} and server {server!r}"
+        )
+    if sum(name.endswith("_consolidated") for name in names) > 1:
+        yield f"{key}.chain: given {names}; one consolidated method at most"
+    classes = 10 if _digits(e) else e.data.classes
+    for i, link in enumerate(arm.chain):
+        if classes and link.get("num_classes", classes) < classes:
+            yield (
+                f"{key}.chain.{i}.num_classes: given {link['num_classes']}; the data "
+                f"have {classes}. Leave it out"
+            )

@@ -1,0 +1,238 @@
+"""The typed configuration of an experiment; `fedcl.experiment` reads and checks it.
+
+Every section refuses unknown keys and wrong types. Defaults are those shown here; the
+resolved file that a run writes has all of them filled in.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt
+from pydantic import PositiveInt as Count
+
+from fedcl import _methods
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Method = Annotated[dict[str, Any], AfterValidator(_methods.resolve_method)]
+Server = Annotated[dict[str, Any], AfterValidator(_methods.resolve_server)]
+
+
+class Section(BaseModel):
+    """A table of the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Data(Section):
+    """Where rows come from, and what is kept for testing."""
+
+    source: Literal["digits", "npz", "idx", "tfds"] = "digits"
+    path: str | None = None  # npz: the file; idx: the images; tfds: the dataset.
+    labels: str | None = None  # idx: the labels' file.
+    data_dir: str | None = None  # tfds: where prepared datasets are.
+    classes: Annotated[int, Field(ge=2)] | None = None  # Known for digits.
+    test: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    seed: int = 0
+
+
+class Public(Section):
+    """The server's own data, and the phases in which it trains on them."""
+
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0  # Of all rows.
+    steps: NonNegativeInt = 0  # Before round 0, on all parameters.
+    every: NonNegativeInt = 0  # Also in every n-th round, on φ; 0: never.
+    steps_each: Count = 10
+    batch_size: Count = 64
+    learning_rate: Positive = 3e-3
+
+
+class Iid(Section):
+    kind: Literal["iid"] = "iid"
+
+
+class Dirichlet(Section):
+    kind: Literal["dirichlet"]
+    alpha: Positive
+    min_rows: NonNegativeInt = 1
+
+
+class Shards(Section):
+    kind: Literal["shards"]
+    per_client: Count = 2
+
+
+class Quantity(Section):
+    kind: Literal["quantity"]
+    alpha: Positive
+    min_rows: NonNegativeInt = 1
+
+
+class Natural(Section):
+    kind: Literal["natural"]
+    column: str = "client"
+
+
+class Abrupt(Section):
+    kind: Literal["abrupt"] = "abrupt"
+
+
+class Staggered(Section):
+    kind: Literal["staggered"]
+    lag: NonNegativeInt = 0  # Rounds; spread evenly over the clients, 0 to lag.
+    order: Literal["same", "random"] = "same"
+
+
+class Gradual(Section):
+    kind: Literal["gradual"]
+    width: Count
+
+
+class Blurry(Section):
+    kind: Literal["blurry"]
+    blur: Annotated[float, Field(ge=0, le=1)]
+
+
+class Recurring(Section):
+    kind: Literal["recurring"]
+    cycles: Count = 2
+
+
+class Rotations(Section):
+    kind: Literal["rotations"]
+    degrees: list[float]
+
+
+class Permutations(Section):
+    kind: Literal["permutations"]
+    seed: int = 0
+
+
+Partition = Annotated[
+    Iid | Dirichlet | Shards | Quantity | Natural, Field(discriminator="kind")
+]
+Drift = Annotated[
+    Abrupt | Staggered | Gradual | Blurry | Recurring, Field(discriminator="kind")
+]
+Domains = Annotated[Rotations | Permutations, Field(discriminator="kind")]
+
+
+class Stream(Section):
+    """Who sees what when."""
+
+    kind: Literal["class_incremental", "task_incremental", "domain_incremental"] = (
+        "class_incremental"
+    )
+    contexts: Count = 5
+    clients: Count = 20
+    rounds_per_context: Count = 10
+    partition: Partition = Iid()
+    drift: Drift = Abrupt()
+    domains: Domains | None = None  # For "domain_incremental".
+    order: list[int] | None = None  # Of the classes.
+    join: list[int] | None = None  # Round in which each client joins.
+    leave: list[int] | None = None
+    hidden: bool = False
+    empty: Literal["raise", "absent"] = "absent"
+    draw: Literal["replacement", "epochs"] = "replacement"
+    seed: int = 0
+
+
+class Tuned(Section):
+    """What is trained in the federated phase."""
+
+    train: Literal["full", "lora", "head"] = "full"
+    rank: Count = 4  # lora
+    alpha: Positive = 8.0  # lora
+
+
+class Mlp(Tuned):
+    kind: Literal["mlp"] = "mlp"
+    hidden: list[Count] = Field(default_factory=lambda: [64])
+
+
+class Convnet(Tuned):
+    kind: Literal["convnet"]
+    widths: list[Count] = Field(default_factory=lambda: [16, 32])
+    kernel: Count = 3
+    groups: Count = 4
+    pool: Literal["max", "avg"] = "max"
+
+
+class Vit(Tuned):
+    kind: Literal["vit"]
+    patch: Count = 2
+    width: Count = 32
+    depth: Count = 2
+    heads: Count = 2
+    pool: Literal["mean", "class"] = "mean"
+    unroll: bool = True
+
+
+Model = Annotated[Mlp | Convnet | Vit, Field(discriminator="kind")]
+
+
+class Client(Section):
+    """The optimiser of the local steps."""
+
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    learning_rate: Positive = 0.05
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0  # sgd
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0  # adamw
+    policy: Literal["reset", "keep", "average"] = "reset"
+
+
+class Federation(Section):
+    """Who takes part in a round, and what a round is."""
+
+    cohort: Count = 8
+    available: Share = 1.0  # Probability that a client can be drawn.
+    steps: Count = 5  # Local steps; set by the data if draw = "epochs".
+    epochs: Count = 1  # With draw = "epochs".
+    batch_size: Count = 16
+    client: Client = Client()
+    server: Server = Field(default_factory=lambda: {"method": "weighted_mean"})
+    clip: Positive | None = None  # Norm to which each client's update is clipped.
+    schedule: Literal["vmap", "scan", "auto"] | Count = "vmap"
+    nonfinite: Literal["raise", "drop"] = "raise"
+
+
+class Arm(Section):
+    """One line of the comparison: methods, chained."""
+
+    chain: list[Method] = Field(default_factory=list)
+    server: Server | None = None  # Instead of the federation's.
+    joint: bool = False  # All contexts mixed in every round: the ceiling.
+
+
+class Evaluation(Section):
+    every: Count = 5  # Rounds.
+    chunk: Count = 512  # Rows per forward pass.
+    forgetting: Literal[
+        "chaudhry", "mammoth", "avalanche", "fed_mammoth", "mfcl", "fot", "sequel"
+    ] = "chaudhry"
+
+
+class Checkpoint(Section):
+    every: NonNegativeInt = 10  # Rounds; 0: no checkpoints, no resuming.
+    keep: Count = 2
+
+
+class Experiment(Section):
+    """A whole experiment."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+    about: str = ""
+    seeds: Annotated[list[NonNegativeInt], Field(min_length=1)] = Field(
+        default_factory=lambda: [0]
+    )
+    data: Data = Data()
+    public: Public = Public()
+    stream: Stream = Stream()
+    model: Model = Mlp()
+    federation: Federation = Federation()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    arms: Annotated[
+        dict[Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")], Arm],
+        Field(min_length=1),
+    ]

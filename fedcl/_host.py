@@ -1,0 +1,161 @@
+"""The host's part of a run: segments, faults, history, checkpoints, progress."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from fedcl import base
+from fedcl.checkpoint import Checkpoints, Interrupt
+
+
+class History(NamedTuple):
+    """What a run recorded. With seeds, every array has the seed axis first."""
+
+    rounds: dict[str, np.ndarray]  # [T, ...], and [T, C] for what each client did.
+    evaluations: dict[str, np.ndarray]  # [E, ...]
+    at: np.ndarray  # [E] rounds done at each evaluation.
+
+
+class Progress(NamedTuple):
+    """What a progress callback is told after each segment."""
+
+    done: int
+    rounds: int
+    metrics: dict[str, np.ndarray]
+    evaluation: dict[str, np.ndarray]
+
+
+class FaultError(RuntimeError):
+    """A client misbehaved; carries the state and history up to that point.
+
+    Attributes:
+      state: the federation after the segment in which it happened; the client's
+        message was left out of every aggregation.
+      history: what was recorded, that segment included.
+    """
+
+    def __init__(self, message: str, state: base.State, history: History):
+        super().__init__(message)
+        self.state = state
+        self.history = history
+
+
+class Options(NamedTuple):
+    rounds: int
+    every: int
+    nonfinite: str
+    checkpoint: Checkpoints | None
+    resume: bool
+    progress: Callable[[Progress], None] | None
+    seeded: bool
+
+
+def drive(
+    segment: Callable,
+    first: Callable[[base.State], dict],
+    state: base.State,
+    key: jax.Array,
+    o: Options,
+) -> tuple[base.State, History]:
+    """Runs segments until all rounds are done.
+
+    Args:
+      segment: `(state, start, stop) -> (state, metrics, evaluation)`.
+      first: `(state) -> evaluation`, before round 0.
+      state: the federation at round 0.
+      key: the run's key.
+      o: the run's options.
+
+    Returns:
+      The final state and the history.
+    """
+    axis, done, history = int(o.seeded), 0, None
+    if o.checkpoint is not None:
+        saved = o.checkpoint.open(state, key, resume=o.resume)
+        if saved is not None:
+            state, done = saved.state, saved.round
+            history = History(saved.rounds, saved.evaluations, saved.at)
+    if history is None:
+        history = _initial(first(state), axis)
+        if o.checkpoint is not None:
+            o.checkpoint.record(done, history)
+    with Interrupt(o.checkpoint is not None) as interrupt:
+        while done < o.rounds:
+            stop = min(done + o.every, o.rounds)
+            state, metrics, evaluation = segment(state, done, stop)
+            fresh = _fresh(metrics, evaluation, stop, stop - done, axis)
+            history, done = _concatenate(history, fresh, axis), stop
+            _tell(o, done, fresh, axis)
+            stopping = interrupt.requested and done < o.rounds
+            if o.checkpoint is not None:
+                o.checkpoint.record(done, fresh)
+                last = stopping or done == o.rounds
+                o.checkpoint.save(done, state, key, force=last)
+            _check_faults(fresh, done, o, state, history)
+            if stopping:
+                assert o.checkpoint is not None
+                o.checkpoint.close()
+                raise interrupt.error(done, o.rounds, o.checkpoint.directory)
+    if o.checkpoint is not None:
+        o.checkpoint.close()
+    return state, history
+
+
+def _tell(o: Options, done: int, fresh: History, axis: int) -> None:
+    if o.progress is None:
+        return
+    last = lambda columns: {k: np.take(v, -1, axis=axis) for k, v in columns.items()}
+    told = Progress(done, o.rounds, last(fresh.rounds), last(fresh.evaluations))
+    o.progress(told)
+
+
+def _initial(evaluation: dict, axis: int) -> History:
+    seen = {k: np.expand_dims(np.asarray(v), axis) for k, v in evaluation.items()}
+    return History({}, seen, np.zeros(1 if seen else 0, np.int64))
+
+
+def _fresh(metrics: dict, evaluation: dict, at: int, n: int, axis: int) -> History:
+    told = {k: np.asarray(v) for k, v in metrics.items()}
+    told = {k: v[:, :n] if axis else v[:n] for k, v in told.items()}
+    seen = _initial(evaluation, axis)
+    return History(told, seen.evaluations, np.full(len(seen.at), at, np.int64))
+
+
+def _concatenate(a: History, b: History, axis: int) -> History:
+    def join(x: dict, y: dict) -> dict:
+        if not x:
+            return y
+        return {k: np.concatenate([x[k], y[k]], axis=axis) for k in y}
+
+    return History(
+        join(a.rounds, b.rounds),
+        join(a.evaluations, b.evaluations),
+        np.concatenate([a.at, b.at]),
+    )
+
+
+def _check_faults(
+    fresh: History, done: int, o: Options, state: base.State, history: History
+) -> None:
+    """Raises for the first non-finite message or impossible cohort of a segment."""
+    kinds = {
+        "fault": "is listed twice in the cohort, or is not in the population: draw "
+        "distinct ids from 0 to N − 1",
+        "nonfinite": "sent NaN or Inf. Its message was left out and its state kept. "
+        'Lower the learning rate, clip, or pass nonfinite="drop" to go on without it',
+    }
+    if o.nonfinite == "drop":
+        del kinds["nonfinite"]
+    for name, flags in fresh.rounds.items():
+        kind = name.rsplit("/", 1)[-1]
+        if kind not in kinds or not flags.any():
+            continue
+        where = tuple(np.argwhere(flags)[0])
+        t = done - flags.shape[int(o.seeded)] + int(where[-2])
+        client = int(fresh.rounds[name.replace(kind, "client")][where])
+        seed = f" (seed {int(where[0])})" if o.seeded else ""
+        raise FaultError(
+            f"Round {t}{seed}: client {client} {kinds[kind]}.", state, history
+        )

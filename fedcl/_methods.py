@@ -1,0 +1,134 @@
+"""Methods by name, for experiment files: found in fedcl's own namespaces."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+REDUCTIONS = ("weighted_mean", "mean", "median", "trimmed_mean")
+TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool}
+
+
+def methods() -> dict[str, Callable[..., Any]]:
+    """Client methods: what in `fedcl.algorithms` returns a `ClientTransform`."""
+    from fedcl import algorithms, base
+
+    return _returning(algorithms, (base.ClientTransform,))
+
+
+def servers() -> dict[str, Callable[..., Any]]:
+    """Server chains of `fedcl.algorithms`, and the reductions."""
+    from fedcl import aggregation, algorithms
+
+    kinds = (aggregation.Server, aggregation.Stage)
+    reductions = {name: getattr(aggregation, name) for name in REDUCTIONS}
+    return {**reductions, **_returning(algorithms, kinds)}
+
+
+def streams() -> dict[str, Callable[..., Any]]:
+    """Builders of streams, shapes of drift, and partitions."""
+    from fedcl import streams as s
+
+    return _returning(s, (s.Stream, s.Schedule, s.Partition, s.Domains))
+
+
+def models() -> dict[str, Callable[..., Any]]:
+    """What returns a `Model`."""
+    from fedcl import models as m
+
+    return _returning(m, (m.Model,))
+
+
+def _returning(module: Any, kinds: tuple[type, ...]) -> dict[str, Callable[..., Any]]:
+    found = {}
+    for name, value in sorted(vars(module).items()):
+        if inspect.isfunction(value) and not name.startswith("_"):
+            if value.__annotations__.get("return") in kinds:
+                found[name] = value
+    return found
+
+
+def summary(fn: Callable[..., Any]) -> str:
+    """The first line of a docstring."""
+    return (inspect.getdoc(fn) or "").split("\n", 1)[0]
+
+
+def nearest(name: str, allowed: Any) -> str:
+    """`; did you mean "x"?` or nothing."""
+    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], 1, 0.6)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def resolve_method(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A client method with all its arguments; see `_resolved`."""
+    return _resolved(given, methods(), "method")
+
+
+def resolve_server(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A server chain with all its arguments."""
+    return _resolved(given, servers(), "server")
+
+
+def _resolved(
+    given: Mapping[str, Any], known: Mapping[str, Callable[..., Any]], what: str
+) -> dict[str, Any]:
+    """The table with defaults filled in.
+
+    Raises:
+      ValueError: for an unknown name, unknown, missing or wrongly typed arguments.
+    """
+    name = given.get("method")
+    if name not in known:
+        raise ValueError(
+            f"the {what} {name!r} is not known{nearest(str(name), known)} Give "
+            f"method = one of {', '.join(known)}"
+        )
+    parameters = inspect.signature(known[name]).parameters
+    arguments = {k: v for k, v in given.items() if k != "method"}
+    for key in arguments:
+        if key not in parameters:
+            listed = ", ".join(map(str, parameters.values())) or "no arguments"
+            raise ValueError(
+                f"{name} has no argument {key!r}{nearest(key, parameters)} It takes "
+                f"{listed}"
+            )
+    out: dict[str, Any] = {"method": name}
+    for key, parameter in parameters.items():
+        out |= _argument(name, key, parameter, arguments)
+    return out
+
+
+def _argument(
+    name: str, key: str, parameter: inspect.Parameter, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    if key not in arguments:
+        # The number of classes is the data's; `fedcl.experiment` fills it in.
+        if key == "num_classes" or parameter.default is None:
+            return {}
+        if parameter.default is inspect.Parameter.empty:
+            raise ValueError(f"{name} needs {parameter}; add {key} = ...")
+        return {key: parameter.default}
+    value, kinds = arguments[key], _kinds(parameter.annotation)
+    wrong = not isinstance(value, kinds) or (
+        isinstance(value, bool) and bool not in kinds
+    )
+    if kinds and wrong:
+        raise ValueError(f"{name}: {key} is {value!r}; it must be {parameter}")
+    return {key: value}
+
+
+def _kinds(annotation: Any) -> tuple[type, ...]:
+    """The types that an annotation such as `int | None` admits; () for anything."""
+    found: list[type] = []
+    for part in getattr(annotation, "__args__", (annotation,)):
+        name = getattr(part, "__name__", str(part))
+        kinds = TYPES.get(name)
+        if kinds is None and name != "NoneType":
+            return ()
+        found += kinds if isinstance(kinds, tuple) else [kinds] if kinds else []
+    return tuple(found)
+
+
+def parameters(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """The arguments of a factory."""
+    return inspect.signature(fn).parameters

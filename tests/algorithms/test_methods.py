@@ -1,0 +1,177 @@
+"""What single methods promise beyond their oracles: memories, errors, compositions."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fedcl
+from fedcl import aggregation
+from fedcl import algorithms as fc
+from tests.oracles import cases, federation
+from tests.oracles.federation import B, D, N, Y
+
+
+def example(**columns):
+    like = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct((B, *s), dtype)
+    return {"x": like(D), "y": like(dtype=jnp.int32), "mask": like(), **columns}
+
+
+def run(method, **options):
+    plain = cases.CASES["fedavg"]
+    return cases.final(plain._replace(method=lambda s: method, **options))
+
+
+def test_no_remembered_rows_is_fedavg_bit_for_bit():
+    none = fedcl.chain(
+        fc.replay(7, 0), fc.der(7, 0, Y), fc.derpp(7, 0, Y), fc.agem(7, 0)
+    )
+    found = cases.theta_of(run(none))
+    assert (found == cases.theta_of(cases.final(cases.CASES["fedavg"]))).all()
+
+
+def test_a_buffer_holds_only_its_clients_real_rows():
+    """With capacity for everything it holds exactly the real rows of trained visits."""
+    d = federation.data()
+    memory = run(fc.replay(200, 2)).clients.memory
+    for k in range(N):
+        shown = d.x[d.train[:, k], k][d.mask[d.train[:, k], k] > 0]
+        kept = np.asarray(memory.rows["x"][k][memory.rows["mask"][k] > 0])
+        assert sorted(map(tuple, kept)) == sorted(map(tuple, np.float32(shown)))
+
+
+def test_every_anchor_is_renewed_at_each_boundary():
+    """Three contexts: the anchor of the last is not that of the first."""
+    d = federation.data()
+    one = run(fc.l2_anchor(0.3))
+    anchors = np.asarray(one.clients.memory.params["kernel"])
+    start = federation.kernel_bias(d.theta)[0]
+    assert (np.abs(anchors - start).max(axis=(1, 2)) > 1e-2).all()
+    assert len(np.unique(anchors.round(6), axis=0)) > 1
+
+
+def test_replayed_rows_reach_no_other_members_mean():
+    """DER's rows are in no mean but its own, whatever stands around it."""
+    batch = {"x": jnp.ones((B, D)), "y": jnp.zeros(B, jnp.int32), "mask": jnp.ones(B)}
+    ctx = types.SimpleNamespace(key=jax.random.key(0), shared=())
+    ctx = _context(jax.random.key(0))
+    chain = fedcl.chain(
+        fc.lwf(1.0, Y), fc.derpp(6, 2, Y), fc.replay(6, 3, strength=0.5)
+    )
+    memory = chain.init(cases.params_of(federation.data().theta), example())
+    aux = jnp.zeros((B, Y))
+    _, memory = chain.update((), memory, None, batch, aux, ctx)
+    out = chain.batch(memory, batch, ctx)
+    new, r, zeros = [1] * B, 2, [0] * B
+    assert out["mask"].tolist() == [*new, *[0] * (2 * r), 0.5, 0.5, 0.5]
+    assert out["der_mask"].tolist() == [*zeros, 1, 1, 0, 0, 0, 0, 0]
+    assert out["derpp_mask"].tolist() == [*zeros, 0, 0, 1, 1, 0, 0, 0]
+    assert out["lwf_mask"].tolist() == [*new, *[0] * 7]
+
+
+def _context(key, boundary=False):
+    zero = jnp.int32(0)
+    flag = jnp.array(boundary)
+    return fedcl.Context(key, zero, zero, flag, zero, zero, None, (), cases.loss_fn)
+
+
+def test_agem_leaves_an_agreeing_gradient_and_removes_an_opposing_one():
+    params = cases.params_of(federation.data().theta)
+    d = cases.recorded(federation.data())
+    rows = {k: v[0, 0, 0] for k, v in d.batches.items()}
+    method, ctx = fc.agem(B, 64), _context(jax.random.key(0))
+    memory = method.init(params, example())
+    _, memory = method.update(params, memory, params, rows, None, ctx)
+    memory = method.begin(memory, params, _context(jax.random.key(1), boundary=True))
+    assert memory.context == 1
+    g = jax.grad(lambda p: cases.loss_fn(p, rows, None)[0])(params)
+    against = jax.tree.map(jnp.negative, g)
+    kept, _ = method.update(g, memory, params, rows, None, ctx)
+    removed, _ = method.update(against, memory, params, rows, None, ctx)
+    assert all(bool((kept[k] == g[k]).all()) for k in g)
+    size = fedcl.tree.vdot(removed, removed) / fedcl.tree.vdot(g, g)
+    assert size < 0.5
+
+
+def test_agem_draws_nothing_from_the_present_context():
+    params = cases.params_of(federation.data().theta)
+    d = cases.recorded(federation.data())
+    rows = {k: v[0, 0, 0] for k, v in d.batches.items()}
+    method, ctx = fc.agem(B, 8), _context(jax.random.key(0))
+    _, memory = method.update(
+        params, method.init(params, example()), params, rows, None, ctx
+    )
+    g = jax.grad(lambda p: -cases.loss_fn(p, rows, None)[0])(params)
+    same, _ = method.update(g, memory, params, rows, None, ctx)
+    assert all(bool((same[k] == g[k]).all()) for k in g)
+
+
+def test_feddyn_server_at_zero_is_the_mean_and_finite():
+    u = {"w": jnp.array([[1.0, 2.0], [5.0, 6.0], [9.0, 9.0]])}
+    w, stage = jnp.array([2.0, 1.0, 0.0]), fc.feddyn_server(0.0)
+    state = stage.init({"w": jnp.zeros(2)})
+    for _ in range(3):
+        found, state = stage.update(u, state, weights=w, population=jnp.float32(3))
+        assert found["w"].tolist() == [3.0, 4.0]
+    assert state["w"].tolist() == [0.0, 0.0]
+
+
+def test_server_chains_are_linear_up_to_the_reduction():
+    for chain in (fc.fedavgm(), fc.fedadam(), fc.fedyogi(), fc.fedadagrad()):
+        assert aggregation.server(chain, sums_only=True).linear
+    assert aggregation.server(fc.feddyn_server(0.1), sums_only=True).linear
+
+
+def test_scaffold_server_variate_is_the_mean_of_what_clients_told():
+    state = cases.final(cases.CASES["scaffold"])
+    told, shared = state.clients.told["kernel"], state.server.shared["kernel"]
+    np.testing.assert_allclose(np.mean(told, axis=0), shared, atol=1e-6)
+    assert np.abs(shared).max() > 1e-2
+
+
+def test_a_commit_finds_its_member_of_a_chain():
+    params = {"w": jnp.ones(2)}
+    chain = fedcl.chain(fc.fedprox(0.1), fc.ewc_consolidated(1.0))
+    memory = chain.init(params, example())
+    new = fc.fisher_commit(0.5, index=1)(memory, params, {"w": jnp.full(2, 3.0)})
+    assert new[0] == () and new[1].importance["w"].tolist() == [3.0, 3.0]
+    again = fc.fisher_commit(0.5, index=1)(new, params, {"w": jnp.ones(2)})
+    assert again[1].importance["w"].tolist() == [2.5, 2.5]
+
+
+@pytest.mark.parametrize("method", [fc.fedprox(0.1), fc.ewc(1.0)])
+def test_a_commit_to_another_memory_is_refused(method):
+    params = {"w": jnp.ones(2)}
+    memory = fedcl.chain(fc.l2_anchor(1.0), method).init(params, example())
+    with pytest.raises(TypeError, match=r"index=1.*not that of ewc_consolidated"):
+        fc.fisher_commit(index=1)(memory, params, params)
+
+
+@pytest.mark.parametrize(
+    "method", [fc.lwf(1.0, Y), fc.der(4, 1, Y), fc.derpp(4, 1, Y)], ids=str
+)
+def test_logits_of_another_width_are_refused(method):
+    with pytest.raises(ValueError, match=rf"\(5, 3\).*num_classes={Y}"):
+        method.loss((), None, {}, jnp.zeros((5, 3)), None)
+
+
+@pytest.mark.parametrize("factory", [fc.replay, fc.agem])
+def test_a_negative_number_of_rows_is_refused(factory):
+    with pytest.raises(ValueError, match="per_batch is -1"):
+        factory(4, -1)
+    with pytest.raises(ValueError, match="per_batch is -1"):
+        fc.der(4, -1, Y)
+
+
+def test_an_unknown_gradient_of_si_is_refused():
+    with pytest.raises(ValueError, match=r"'raw'.*\('task', 'total'\)"):
+        fc.si(1.0, gradient="raw")
+
+
+def test_feddyn_server_outside_a_server_chain_is_refused():
+    stage = fc.feddyn_server(0.1)
+    state = stage.init({"w": jnp.zeros(2)})
+    with pytest.raises(ValueError, match="feddyn_server.*population"):
+        stage.update({"w": jnp.zeros((3, 2))}, state, weights=jnp.ones(3))

@@ -1,0 +1,35 @@
+"""The list of oracles and the largest error of fedcl against each.
+
+python -m tests.oracles.table
+"""
+
+import numpy as np
+
+ERRORS: dict[str, float] = {}
+
+
+def record_error(name: str, error: float) -> None:
+    """Keeps the largest error seen under a name."""
+    ERRORS[name] = max(error, ERRORS.get(name, 0.0))
+
+
+def measure(seeds: tuple[int, ...] = (0,)) -> dict[str, float]:
+    """Largest |fedcl − oracle| of the server's parameters after all rounds."""
+    from tests.oracles import cases
+
+    for name in cases.CASES:
+        for seed in seeds:
+            got = cases.theta_of(cases.final(cases.CASES[name], seed=seed))
+            record_error(name, float(np.abs(got - cases.oracle(name, seed)).max()))
+    return ERRORS
+
+
+def text() -> str:
+    """The table of what was recorded, largest error first."""
+    rows = sorted(ERRORS.items(), key=lambda item: -item[1])
+    return "\n".join(f"{name:24} {error:.1e}" for name, error in rows)
+
+
+if __name__ == "__main__":
+    measure((0, 1, 2))
+    print(text())

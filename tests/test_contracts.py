@@ -1,0 +1,127 @@
+"""The contract table: every method, on every schedule and on eight devices."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import fedcl
+from fedcl import algorithms as alg
+from fedcl import cohorts, phases, statistics, testing
+from fedcl.tpu import mesh
+from tests.problems import eight
+
+Y = testing.CLASSES
+
+
+class Row(NamedTuple):
+    """A method, the same at zero strength, and the server that belongs to it."""
+
+    method: Callable[[], fedcl.ClientTransform]
+    zero: Callable[[], fedcl.ClientTransform] | None = None
+    server: Callable[[], Any] = lambda: None
+
+
+none = fedcl.transform
+TABLE = {
+    "fedavg": Row(none, none),
+    "fedprox": Row(lambda: alg.fedprox(0.5), lambda: alg.fedprox(0.0)),
+    "scaffold": Row(alg.scaffold),
+    "feddyn": Row(
+        lambda: alg.feddyn(0.3),
+        lambda: alg.feddyn(0.0),
+        lambda: alg.feddyn_server(0.3),
+    ),
+    "l2_anchor": Row(lambda: alg.l2_anchor(0.5), lambda: alg.l2_anchor(0.0)),
+    "ewc": Row(lambda: alg.ewc(1.0), lambda: alg.ewc(0.0)),
+    "ewc exact": Row(
+        lambda: alg.ewc(1.0, fisher="exact"), lambda: alg.ewc(0.0, fisher="exact")
+    ),
+    "si": Row(lambda: alg.si(0.5), lambda: alg.si(0.0)),
+    "mas": Row(lambda: alg.mas(0.5), lambda: alg.mas(0.0)),
+    "lwf": Row(
+        lambda: alg.lwf(1.0, num_classes=Y), lambda: alg.lwf(0.0, num_classes=Y)
+    ),
+    "replay": Row(lambda: alg.replay(12, 3), lambda: alg.replay(12, 0)),
+    "replay balanced": Row(
+        lambda: alg.replay(12, 3, num_classes=Y),
+        lambda: alg.replay(12, 0, num_classes=Y),
+    ),
+    "der": Row(lambda: alg.der(12, 3, Y, alpha=0.5), lambda: alg.der(12, 0, Y)),
+    "derpp": Row(lambda: alg.derpp(12, 3, Y), lambda: alg.derpp(12, 0, Y)),
+    "agem": Row(lambda: alg.agem(12, 3)),
+    "lifted clip": Row(lambda: fedcl.lift(optax.clip(0.1))),
+    "chain": Row(
+        lambda: fedcl.chain(alg.replay(12, 3), alg.ewc(1.0), alg.scaffold()),
+    ),
+    "fedavgm": Row(none, server=lambda: alg.fedavgm(1.0, 0.9)),
+    "fedadam": Row(none, server=lambda: alg.fedadam(0.1)),
+    "fedyogi": Row(none, server=lambda: alg.fedyogi(0.1)),
+    "fedadagrad": Row(none, server=lambda: alg.fedadagrad(0.1)),
+}
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_method_keeps_the_contract(name):
+    row = TABLE[name]
+    zero = row.zero() if row.zero is not None else None
+    assert len(testing.check_transform(row.method(), zero=zero)) >= 9
+
+
+def parts_of(name, problem, schedule, where):
+    """The phases of a row's round; consolidation where the method asks for it."""
+    row = TABLE[name]
+    algorithm = alg.fedavg(
+        problem.loss_fn, optax.sgd(0.1), transform=row.method(), server=row.server()
+    )
+    kw = {"cohort": cohorts.stratified(8, 8), "schedule": schedule, "mesh": where}
+    return algorithm, (phases.federated(algorithm, **kw),)
+
+
+def ends(algorithm, parts, problem, where=None):
+    state = algorithm.init(problem.params, problem.stream.example(), 8)
+    key = jax.random.key(2)
+    return fedcl.run(
+        parts, state, problem.stream, key=key, rounds=6, every=6, mesh=where
+    )[0]
+
+
+def assert_close(a, b):
+    close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, a, b)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_chunks_and_eight_devices_give_the_same_federation(name):
+    problem = eight(testing.toy_problem())
+    plain = ends(*parts_of(name, problem, "vmap", None), problem)
+    chunked = ends(*parts_of(name, problem, 3, None), problem)
+    devices = mesh(8)
+    meshed = ends(*parts_of(name, problem, "vmap", devices), problem, devices)
+    assert_close(chunked, plain)
+    assert_close(meshed, plain)
+    assert not np.allclose(plain.server.params["kernel"], problem.params["kernel"])
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_consolidated_methods_on_eight_devices(merge):
+    problem = eight(testing.toy_problem())
+    method = alg.ewc_consolidated(1.0)
+    algorithm = alg.fedavg(problem.loss_fn, optax.sgd(0.1), transform=method)
+    devices = mesh(8)
+
+    def parts(where):
+        fisher = phases.consolidate(
+            statistics.fisher("exact"),
+            alg.fisher_commit(),
+            problem.loss_fn,
+            merge=merge,
+            mesh=where,
+        )
+        return (phases.federated(algorithm, mesh=where), fisher)
+
+    plain = ends(algorithm, parts(None), problem)
+    assert_close(ends(algorithm, parts(devices), problem, devices), plain)
