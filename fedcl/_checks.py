@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from fedcl import _methods
-from fedcl._config import Arm, Convnet, Experiment, Mlp, Vit
+from fedcl._config import Arm, Convnet, Experiment, Mlp, Rotations, Vit
 
 DIGITS = (8, 8, 1)
 
@@ -19,9 +19,9 @@ def _with_classes(arm: Arm, classes: int | None) -> Arm:
     known = _methods.methods()
     chain = []
     for link in arm.chain:
-        needs = "num_classes" in _methods.parameters(known[link["method"]])
-        given = {"num_classes": classes} if needs and "num_classes" not in link else {}
-        chain.append({**link, **given})
+        needs = _methods.needs(known[link["method"]], "num_classes")
+        given = {"num_classes": classes} if needs else {}
+        chain.append({**given, **link})
     return arm.model_copy(update={"chain": chain})
 
 
@@ -98,12 +98,11 @@ def _stream(e: Experiment) -> Iterator[str]:
     if (s.domains is not None) != (s.kind == "domain_incremental"):
         what = "missing" if s.domains is None else f"given with kind = {s.kind!r}"
         yield f'stream.domains: {what}; it is for kind = "domain_incremental"'
-    if s.domains is not None and s.domains.kind == "rotations":
-        if len(s.domains.degrees) != s.contexts:
-            yield (
-                f"stream.domains.degrees: given {len(s.domains.degrees)}; "
-                f"there are {s.contexts} contexts"
-            )
+    turns = s.domains.degrees if isinstance(s.domains, Rotations) else None
+    if turns is not None and len(turns) != s.contexts:
+        yield (
+            f"stream.domains.degrees: given {len(turns)}; there are {s.contexts} contexts"
+        )
     if s.drift.kind == "gradual" and s.drift.width > s.rounds_per_context:
         yield (
             f"stream.drift.width: given {s.drift.width}; at most "

@@ -127,7 +127,7 @@ def same_types(old: PyTree, new: PyTree, what: str) -> PyTree:
         )
     strong = lambda o, n: (
         n
-        if jax.dtypes.issubdtype(o.dtype, jax.dtypes.extended)
+        if jnp.issubdtype(o.dtype, jax.dtypes.prng_key)
         else (jnp.asarray(n, dtype=o.dtype))
     )
     return jax.tree.map(strong, old, new)

@@ -40,12 +40,11 @@ def models() -> dict[str, Callable[..., Any]]:
 
 
 def _returning(module: Any, kinds: tuple[type, ...]) -> dict[str, Callable[..., Any]]:
-    found = {}
-    for name, value in sorted(vars(module).items()):
-        if inspect.isfunction(value) and not name.startswith("_"):
-            if value.__annotations__.get("return") in kinds:
-                found[name] = value
-    return found
+    return {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if inspect.isfunction(value) and value.__annotations__.get("return") in kinds
+    }
 
 
 def summary(fn: Callable[..., Any]) -> str:
@@ -54,9 +53,9 @@ def summary(fn: Callable[..., Any]) -> str:
 
 
 def nearest(name: str, allowed: Any) -> str:
-    """`; did you mean "x"?` or nothing."""
+    """`; did you mean "x"?`, or a full stop."""
     close = difflib.get_close_matches(str(name), [str(a) for a in allowed], 1, 0.6)
-    return f'; did you mean "{close[0]}"?' if close else ""
+    return f'; did you mean "{close[0]}"?' if close else "."
 
 
 def resolve_method(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,10 +101,11 @@ def _argument(
     name: str, key: str, parameter: inspect.Parameter, arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
     if key not in arguments:
+        required = parameter.default is inspect.Parameter.empty
         # The number of classes is the data's; `fedcl.experiment` fills it in.
-        if key == "num_classes" or parameter.default is None:
+        if parameter.default is None or (required and key == "num_classes"):
             return {}
-        if parameter.default is inspect.Parameter.empty:
+        if required:
             raise ValueError(f"{name} needs {parameter}; add {key} = ...")
         return {key: parameter.default}
     value, kinds = arguments[key], _kinds(parameter.annotation)
@@ -129,6 +129,7 @@ def _kinds(annotation: Any) -> tuple[type, ...]:
     return tuple(found)
 
 
-def parameters(fn: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """The arguments of a factory."""
-    return inspect.signature(fn).parameters
+def needs(fn: Callable[..., Any], key: str) -> bool:
+    """Whether a factory has an argument without a default."""
+    parameter = inspect.signature(fn).parameters.get(key)
+    return parameter is not None and parameter.default is inspect.Parameter.empty

@@ -34,7 +34,7 @@ class Run:
         # Contexts, rounds and clients in one program, traced once.
         self.reference = functools.cache(lambda: self.rounds(self.vmap, COHORTS))
 
-    def step(self, schedule: _engine.Schedule) -> Callable:
+    def step(self, schedule: _engine.Schedule) -> Any:
         return jax.jit(_engine.round_fn(self._algorithm, schedule=schedule))
 
     def start(self) -> base.State:
@@ -57,11 +57,11 @@ class Run:
         stream: Any = None,
         present: bool = True,
     ) -> base.State:
-        state = self.start() if state is None else state
+        now: Any = self.start() if state is None else state
         for t, clients in enumerate(cohorts, first):
             mask = jnp.full(len(clients), present)
-            state = step(state, self.visits(clients, t, stream), mask, mask)[0]
-        return state
+            now = step(now, self.visits(clients, t, stream), mask, mask)[0]
+        return now
 
 
 @jax.jit
@@ -234,21 +234,29 @@ def no_captured_arrays(method: base.ClientTransform, p: Problem) -> str | None:
     memory = method.init(p.params, example)
     shapes = {x.shape for x in jax.tree.leaves(p.params) if x.ndim > 0}
     blank = {k: jnp.zeros(s.shape, s.dtype) for k, s in example.items()}
-    aux = p.loss_fn(p.params, blank, jax.random.key(0))[1]
     told = jax.eval_shape(lambda m: method.end(m, p.params, _bare(p, ()))[1], memory)
     ctx = _bare(p, tree.zeros_like(told))
+
+    def with_rows(hook: Callable) -> Callable:
+        def call(m, q, batch, ctx):
+            rows = method.batch(m, batch, ctx)
+            return hook(m, q, batch, rows, p.loss_fn(q, rows, ctx.key)[1], ctx)
+
+        return call
+
     hooks: dict[str, Callable] = {
-        "begin": lambda m, q: method.begin(m, q, ctx),
-        "loss": lambda m, q: method.loss(m, q, method.batch(m, blank, ctx), aux, ctx),
-        "update": lambda m, q: method.update(q, m, q, blank, aux, ctx),
-        "end": lambda m, q: method.end(m, q, ctx),
+        "begin": lambda m, q, b, c: method.begin(m, q, c),
+        "loss": with_rows(
+            lambda m, q, b, rows, aux, c: method.loss(m, q, rows, aux, c)
+        ),
+        "update": with_rows(
+            lambda m, q, b, rows, aux, c: method.update(q, m, q, b, aux, c)
+        ),
+        "end": lambda m, q, b, c: method.end(m, q, c),
     }
-    own = [ctx.anchor, ctx.shared, aux]
-    known = {id(x) for x in jax.tree.leaves((own, blank))}
     for name, hook in hooks.items():
-        consts = jax.make_jaxpr(hook)(memory, p.params).consts
-        for x in consts:
-            if jnp.shape(x) in shapes and id(x) not in known:
+        for x in jax.make_jaxpr(hook)(memory, p.params, blank, ctx).consts:
+            if jnp.shape(x) in shapes:
                 return (
                     f"hook `{name}` closes over an array of shape {jnp.shape(x)}, like a "
                     "parameter's: it is frozen at the first trace. Keep it in the memory"
@@ -264,8 +272,8 @@ def _bare(p: Problem, shared: PyTree) -> base.Context:
 
 
 def same_bits(a: base.Algorithm, b: base.Algorithm, p: Problem) -> str | None:
-    ends = [Run(algorithm, p).reference().server.params for algorithm in (a, b)]
-    return different(*ends, 0.0, "the parameters part from FedAvg's")
+    end = lambda algorithm: Run(algorithm, p).reference().server.params
+    return different(end(a), end(b), 0.0, "the parameters part from FedAvg's")
 
 
 def different(a: PyTree, b: PyTree, tolerance: float, what: str) -> str | None:

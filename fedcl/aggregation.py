@@ -296,10 +296,11 @@ def check_server(tx: optax.GradientTransformation, params: base.Params) -> None:
 
     try:
         out = jax.eval_shape(apply, updates, params, weights, population)
-    except TypeError as e:
+    except (TypeError, ValueError) as e:
         raise ValueError(
-            f"The server chain does not run on updates [C, ...]: {e}. Build it with "
-            "fedcl.aggregation.server(...), which checks its stages."
+            "The server chain does not turn updates [C, ...] into one of the shape of φ: "
+            f"{e}\nIt needs exactly one reduction over clients, before anything that "
+            "looks at φ; fedcl.aggregation.server(...) checks that."
         ) from e
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         got = dict(jax.tree_util.tree_flatten_with_path(out)[0])[path].shape

@@ -185,10 +185,10 @@ class Checkpoints:
         if self._orbax is None:
             from orbax.checkpoint import v1 as ocp
 
-            policies = ocp.training.preservation_policies
-            self._orbax = ocp.training.Checkpointer(
+            training: Any = ocp.training
+            self._orbax = training.Checkpointer(
                 self.directory / "steps",
-                preservation_policy=policies.LatestN(self._keep),
+                preservation_policy=training.preservation_policies.LatestN(self._keep),
                 save_decision_policy=_Always(),
                 cleanup_tmp_directories=True,
             )

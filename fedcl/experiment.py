@@ -192,10 +192,8 @@ def _text(error: Mapping[str, Any], table: Any) -> str:
 def _path(loc: tuple[Any, ...], table: Any) -> Iterator[Any]:
     """The keys of the file in a pydantic location, without the names of unions."""
     for i, part in enumerate(loc):
-        if isinstance(table, Mapping) and part in table:
-            table = table[part]
-            yield part
-        elif isinstance(table, list) and isinstance(part, int):
+        inside = part in table if isinstance(table, Mapping) else isinstance(part, int)
+        if inside and isinstance(table, Mapping | list):
             table = table[part]
             yield part
         elif i == len(loc) - 1 and isinstance(table, Mapping):

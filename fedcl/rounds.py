@@ -139,6 +139,8 @@ def run(
         one = _first_seed(state, key) if seeded else (state, key)
         schedule = choose_schedule(algorithm, *one, stream, cohort=cohort, mesh=mesh)
     parts = _parts(algorithm, cohort, schedule, mesh)
+    for part in parts:
+        _engine.check_mesh(mesh, stream.num_clients, part.shards)
     state = jax.tree.map(jnp.copy, state)
     begin = lambda s: phases.start(parts, s)
     state = (jax.vmap(begin) if seeded else begin)(state)

@@ -58,7 +58,7 @@ def vdot(a: PyTree, b: PyTree) -> jax.Array:
     6.0
     """
     products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
-    return sum(jax.tree.leaves(products), start=jnp.float32(0))
+    return jnp.asarray(sum(jax.tree.leaves(products), start=jnp.float32(0)))
 
 
 def finite(a: PyTree) -> jax.Array:
@@ -165,7 +165,7 @@ def strong(a: PyTree) -> PyTree:
 
     def leaf(x):
         x = jnp.asarray(x)
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return x
         return jnp.asarray(x, dtype=x.dtype)
 

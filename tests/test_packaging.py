@@ -77,7 +77,7 @@ def test_heavy_packages_are_imported_inside_functions():
     for folder in ("fedcl", *FOLDERS):
         for path in (ROOT / folder).glob("*.py"):
             for module, at_top in imports(path):
-                heavy = at_top and module.split(".")[0] in HEAVY
+                heavy = at_top and module.split(".")[0] in HEAVY and path.stem != "cli"
                 assert not heavy, f"{path} imports {module} at module level"
 
 

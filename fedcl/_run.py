@@ -1,0 +1,267 @@
+"""Running an experiment: every arm on the same start, data, cohorts and keys."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from fedcl import _results, base, checkpoint, metrics, phases, rounds
+
+if TYPE_CHECKING:
+    from fedcl._build import Table
+    from fedcl._config import Arm, Experiment
+
+PyTree = Any
+
+
+class Event(NamedTuple):
+    """What `run` tells while it works.
+
+    Attributes:
+      text: a sentence for a log, or "".
+      arm: the arm that runs, or "".
+      done: rounds done.
+      rounds: of how many.
+      accuracy: mean over seeds and the contexts met so far.
+    """
+
+    text: str = ""
+    arm: str = ""
+    done: int = 0
+    rounds: int = 0
+    accuracy: float = float("nan")
+
+
+Tell = Callable[[Event], None]
+
+
+class Result(NamedTuple):
+    """What a run found.
+
+    Attributes:
+      summary: what summary.json holds.
+      history: what history.npz holds.
+      out: where both are, or None.
+      unwritten: why they are not all there, or "".
+    """
+
+    summary: dict[str, Any]
+    history: dict[str, np.ndarray]
+    out: Path | None
+    unwritten: str = ""
+
+
+class Setup(NamedTuple):
+    """What all arms share."""
+
+    stream: Any
+    joint: Any
+    loss_fn: base.LossFn
+    params: PyTree  # φ after the public phase, [S, ...].
+    frozen: PyTree  # θ, [S, ...] or None.
+    evaluate: Callable[[base.State], PyTree]
+    keys: jax.Array  # [S]
+    table: "Table"
+    ends: np.ndarray
+    seen: np.ndarray  # [T + 1, K]: contexts met in the rounds before.
+
+
+def run(
+    experiment: "Experiment",
+    out: str | os.PathLike[str] | None = None,
+    *,
+    resume: bool = False,
+    progress: Tell | None = None,
+) -> Result:
+    """Runs every arm and writes what it found.
+
+    Seeds run side by side by `vmap`; the public phase runs once, and all arms start
+    from its parameters. Arms see the same data, cohorts and keys, so that they differ
+    in their methods alone.
+
+    Args:
+      experiment: from `load`.
+      out: a directory for results and checkpoints; None: nothing is written.
+      resume: continue from the checkpoints in `out`.
+      progress: is told what happens.
+
+    Returns:
+      The result, complete even if it could not be written.
+
+    Raises:
+      CheckpointError: before anything is computed, if `out` cannot be written, or
+        holds other results, or is not to be resumed.
+      Interrupted: after Ctrl-C, when everything is saved.
+      ValueError: if the data are not what the experiment says.
+      FaultError: if a client sends NaN or Inf, see `federation.nonfinite`.
+    """
+    tell = progress or (lambda event: None)
+    folder = None if out is None else _results.prepare(Path(out), experiment, resume)
+    setup = prepare(experiment, tell)
+    cache: dict[str, Any] = {}
+    arms = {}
+    for name, arm in experiment.arms.items():
+        arms[name] = _arm(experiment, setup, name, arm, folder, resume, tell, cache)
+    summary, history = _results.collect(experiment, setup, arms)
+    if folder is None:
+        return Result(summary, history, None)
+    unwritten = _results.write(folder, summary, history)
+    return Result(summary, history, folder, unwritten)
+
+
+def prepare(e: "Experiment", tell: Tell) -> Setup:
+    """Data, stream, model, and the public phase."""
+    from fedcl import _build
+
+    table = _build.table(e)
+    stream = _build.stream(e, table)
+    made = _build.model(e, table)
+    seeds = np.asarray(e.seeds, np.uint32)
+    keys = jax.vmap(jax.random.key)(seeds)
+    fold = lambda n: jax.vmap(lambda k: jax.random.fold_in(k, n))(keys)
+    params = jax.jit(jax.vmap(made.init))(fold(_build.INIT))
+    if e.public.steps:
+        params = _public(e, table, stream, made, params, fold(_build.PUBLIC), tell)
+    made, trained, frozen = _build.adapted(e, made, params, fold(_build.ADAPTER))
+    return Setup(
+        stream,
+        _build.mixed(stream),
+        _build.loss(made.apply),
+        trained,
+        frozen,
+        _build.evaluator(e, table, stream, made.apply),
+        fold(_build.RUN),
+        table,
+        _build.ends(e, stream.num_rounds),
+        _seen(stream),
+    )
+
+
+def _seen(stream: Any) -> np.ndarray:
+    met = np.cumsum(stream.pi().sum(axis=1) > 0, axis=0) > 0
+    return np.concatenate([np.zeros((1, met.shape[1]), bool), met])
+
+
+def _public(e, table, stream, made, params, keys, tell: Tell) -> PyTree:
+    """The parameters after the server trained on public data, before round 0."""
+    from fedcl import _build
+    from fedcl.algorithms import fedavg
+
+    start = time.perf_counter()
+    loss_fn = _build.loss(made.apply)
+    algorithm = fedavg(loss_fn, _build.optimizer(e.federation.client))
+    example, n = stream.example(), stream.num_clients
+    state = jax.jit(jax.vmap(lambda p: algorithm.init(p, example, n)))(params)
+    part = _build.public_phase(e, table, loss_fn, each=False)
+    state, history = rounds.run([part], state, stream, key=keys, rounds=1)
+    loss = history.rounds["public/loss"][:, 0].mean()
+    steps = int(history.rounds["public/steps"][0, 0])
+    again = f"every {e.public.every} rounds" if e.public.every else "off"
+    tell(
+        Event(
+            f"public phase: switch on for {steps} steps on {len(table.public['y'])} "
+            f"rows of the server, loss {loss:.3f} ({time.perf_counter() - start:.1f} s); "
+            f"from round 0 on: {again}"
+        )
+    )
+    return state.server.params
+
+
+def _arm(
+    e: "Experiment",
+    setup: Setup,
+    name: str,
+    arm: "Arm",
+    folder: Path | None,
+    resume: bool,
+    tell: Tell,
+    cache: dict[str, Any],
+) -> _results.Arm:
+    from fedcl import _build
+    from fedcl.algorithms import fedavg
+
+    start = time.perf_counter()
+    stream = setup.joint if arm.joint else setup.stream
+    key = json.dumps(arm.model_dump(exclude={"joint"}), sort_keys=True)
+    if key not in cache:
+        client = e.federation.client
+        cache[key] = (
+            fedavg(
+                setup.loss_fn,
+                _build.optimizer(client),
+                server=_build.server(e, arm),
+                transform=_build.transform(arm),
+                opt_policy=client.policy,
+            ),
+            {},
+        )
+    algorithm, parts = cache[key]
+    example, n = stream.example(), stream.num_clients
+    init = lambda p, f: algorithm.init(p, example, n, frozen=f)
+    state = jax.jit(jax.vmap(init))(setup.params, setup.frozen)
+    if not parts:
+        parts["round"] = _round(e, setup, arm, algorithm, state, tell)
+    total = stream.num_rounds
+    tell(Event(arm=name, rounds=total))
+
+    def report(p: rounds.Progress) -> None:
+        seen = p.evaluation["accuracy"][:, setup.seen[p.done]]
+        tell(Event("", name, p.done, p.rounds, float(seen.mean())))
+
+    _, history = rounds.run(
+        parts["round"],
+        state,
+        stream,
+        key=setup.keys,
+        rounds=total,
+        evaluate=setup.evaluate,
+        every=e.evaluation.every,
+        nonfinite=e.federation.nonfinite,
+        checkpoint=_checkpoints(e, name, arm, folder),
+        resume=resume,
+        progress=report,
+    )
+    one = jax.tree.map(lambda x: x[0], state)
+    sent = metrics.communication(algorithm, one, stream)
+    return _results.Arm(history, sent, time.perf_counter() - start)
+
+
+def _round(e, setup: Setup, arm: "Arm", algorithm, state, tell: Tell) -> Any:
+    """The phases of a round."""
+    from fedcl import _build
+
+    schedule, sampler = e.federation.schedule, _build.sampler(e)
+    if schedule == "auto":
+        one = jax.tree.map(lambda x: x[0], state)
+        schedule = rounds.choose_schedule(
+            algorithm,
+            one,
+            setup.keys[0],
+            setup.stream,
+            cohort=sampler,
+            tell=lambda text: tell(Event(text)),
+        )
+    parts = [phases.federated(algorithm, cohort=sampler, schedule=schedule)]
+    if e.public.every:
+        parts.insert(0, _build.public_phase(e, setup.table, setup.loss_fn, each=True))
+    return parts + _build.consolidation(arm, setup.loss_fn)
+
+
+def _checkpoints(
+    e: "Experiment", name: str, arm: "Arm", folder: Path | None
+) -> checkpoint.Checkpoints | None:
+    if folder is None or not e.checkpoint.every:
+        return None
+    others = {"name", "about", "arms", "checkpoint"}
+    identity = e.model_dump(exclude=others, exclude_none=True)
+    return checkpoint.Checkpoints(
+        folder / "checkpoints" / name,
+        every=e.checkpoint.every,
+        identity={**identity, "arm": arm.model_dump(exclude_none=True)},
+        keep=e.checkpoint.keep,
+    )

@@ -1,0 +1,130 @@
+"""The command line: what it prints, its exit codes, and nothing lost."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from fedcl import cli
+from typer.testing import CliRunner
+
+TINY = Path(__file__).parent / "tiny.toml"
+
+
+def call(*words):
+    return CliRunner().invoke(cli.app, [str(w) for w in words])
+
+
+def test_help_names_every_command():
+    out = call("--help").output
+    assert all(name in out for name in ("run", "list", "report", "show-stream"))
+
+
+def test_list_has_one_line_for_each():
+    result = call("list")
+    assert result.exit_code == 0
+    for line in ("quickstart", "ewc", "replay", "fedadam", "class_incremental", "vit"):
+        assert line in result.output
+    assert "Appends remembered rows" in result.output
+
+
+def test_run_writes_and_prints_everything(tmp_path):
+    out = tmp_path / "run"
+    result = call("run", TINY, "--out", out)
+    assert result.exit_code == 0, result.output
+    assert "forgetting" in result.output and "replay" in result.output
+    found = {p.name for p in out.iterdir()}
+    assert found >= {
+        "summary.json",
+        "R.csv",
+        "history.npz",
+        "experiment.toml",
+        "report.html",
+        "matrix.png",
+        "stream.png",
+        "checkpoints",
+    }
+    # The same directory again is refused, and left as it is.
+    before = (out / "summary.json").read_bytes()
+    again = call("run", TINY, "--out", out)
+    assert again.exit_code == 2 and "--resume" in again.stderr
+    assert (out / "summary.json").read_bytes() == before
+    # The report is rebuilt from the history alone.
+    (out / "report.html").unlink()
+    rebuilt = call("report", out)
+    assert rebuilt.exit_code == 0 and (out / "report.html").stat().st_size > 50_000
+
+
+@pytest.mark.parametrize(
+    ("words", "fragments"),
+    [
+        (["run", "quickstrat"], ['did you mean "quickstart"']),
+        (["run", "no/such.toml"], ["no/such.toml", "cannot be read"]),
+        (["run", TINY, "--set", "federation.cohrt=3"], ['mean "cohort"']),
+        (["run", TINY, "--set", "federation"], ["key=value"]),
+        (["report", "/nowhere"], ["no finished run"]),
+        (["show-stream", TINY, "--set", "stream.clients=0"], ["stream.clients"]),
+    ],
+)
+def test_bad_input_is_one_clear_block(words, fragments):
+    result = call(*words)
+    assert result.exit_code == 2
+    assert all(f in result.stderr for f in fragments), result.stderr
+    assert "Traceback" not in result.output and result.stderr.startswith("error: ")
+
+
+def test_a_directory_that_cannot_be_written_is_told_before_computing(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a directory")
+    result = call("run", TINY, "--out", blocked / "run")
+    assert result.exit_code == 2
+    assert "cannot be written" in result.stderr and "--out" in result.stderr
+
+
+def test_results_are_printed_even_if_they_cannot_be_written(tmp_path, monkeypatch):
+    from fedcl import _results
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_results.np, "savez_compressed", full)
+    result = call("run", TINY, "--out", tmp_path / "run", "--set", "checkpoint.every=0")
+    assert result.exit_code == 1
+    assert "No space left" in result.stderr and "fedavg" in result.stdout
+
+
+def test_show_stream_draws(tmp_path):
+    path = tmp_path / "stream.png"
+    result = call("show-stream", TINY, "--out", path)
+    assert result.exit_code == 0 and path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_ctrl_c_saves_and_resuming_gives_the_same(tmp_path):
+    """Interrupts a long run in a process of its own; the rest is run on top."""
+    out, whole = tmp_path / "stopped", tmp_path / "whole"
+    words = [sys.executable, "-m", "fedcl.cli", "run", str(TINY), "--out", str(out)]
+    words += ["--set", "stream.rounds_per_context=200", "--set", "checkpoint.every=1"]
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    history = out / "checkpoints" / "fedavg" / "history"
+    while process.poll() is None and len(list(history.glob("*.npz"))) < 3:
+        pass
+    process.send_signal(signal.SIGINT)
+    text = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, text
+    assert "--resume" in text and "Traceback" not in text
+    assert not whole.exists()
+
+
+def test_summary_is_json_with_every_key(tmp_path):
+    out = tmp_path / "run"
+    assert call("run", TINY, "--out", out).exit_code == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["arms"]) == {"fedavg", "replay", "joint"}
+    keys = "average forgetting bwt anytime worst_client bytes_up bytes_down rounds seconds"
+    for values in summary["arms"].values():
+        assert all(set(values[k]) == {"mean", "std"} for k in keys.split())
+        assert 0 <= values["average"]["mean"] <= 1
