@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from fedcl import base, reservoir, tree
+from fedcl import _random, base, reservoir, tree
 from fedcl.algorithms._replay import check_rows
 from fedcl.transforms import transform
 
@@ -67,9 +67,7 @@ def agem(capacity: int, per_batch: int, past_only: bool = True) -> base.ClientTr
     def update(grads, memory, params, batch, aux, ctx):
         k_sample, k_loss, k_add = jax.random.split(ctx.key, 3)
         if per_batch:
-            source = _earlier(memory) if past_only else memory.rows
-            past = dict(reservoir.sample(source, per_batch, k_sample))
-            del past[COLUMN]
+            past = _draw(memory, per_batch, k_sample, past_only)
             r = jax.grad(lambda p: ctx.loss_fn(p, past, k_loss)[0])(params)
             grads = _projected(grads, r)
         label = jnp.broadcast_to(memory.context, batch["mask"].shape)
@@ -79,11 +77,18 @@ def agem(capacity: int, per_batch: int, past_only: bool = True) -> base.ClientTr
     return transform(init=init, begin=begin, update=update)
 
 
-def _earlier(memory: Episodes) -> reservoir.Reservoir:
-    """The reservoir with the rows of the current context masked out."""
+def _draw(memory: Episodes, n: int, key: jax.Array, past_only: bool) -> base.Batch:
+    """Rows of earlier contexts, uniformly; of mask 0 if there are none."""
     rows = memory.rows.rows
-    mask = rows["mask"] * (rows[COLUMN] < memory.context)
-    return memory.rows._replace(rows={**rows, "mask": mask})
+    allowed = rows["mask"] > 0
+    if past_only:
+        allowed &= rows[COLUMN] < memory.context
+    counted = jnp.cumsum(allowed)
+    nth = _random.below(key, (n,), jnp.maximum(counted[-1], 1))
+    drawn = tree.gather(rows, jnp.searchsorted(counted, nth, side="right"))
+    mask = drawn.pop("mask") * (counted[-1] > 0)
+    del drawn[COLUMN]
+    return {**drawn, "mask": mask}
 
 
 def _projected(grads: base.Params, r: base.Params) -> base.Params:

@@ -15,6 +15,7 @@ https://arxiv.org/abs/2111.04263
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fedcl import aggregation, base, tree
 from fedcl.transforms import transform
@@ -26,8 +27,7 @@ def feddyn(alpha: float) -> base.ClientTransform:
     :math:`h_k`, the gradient of the local loss at the client's last solution, is
     tracked from where the client ended, so any client optimiser may be used::
 
-        chain = fedcl.aggregation.server(feddyn_server(0.1), optax.sgd(1.0))
-        fedavg(loss_fn, opt, transform=feddyn(0.1), server=chain)
+        fedavg(loss_fn, opt, transform=feddyn(0.1), server=feddyn_server(0.1))
 
     Args:
       alpha: α, the same as the server's; 0 is FedAvg.
@@ -55,31 +55,35 @@ def feddyn(alpha: float) -> base.ClientTransform:
     return transform(init=init, loss=loss, end=end)
 
 
-def feddyn_server(alpha: float) -> aggregation.Stage:
+def feddyn_server(alpha: float) -> aggregation.Server:
     r"""The server's half of FedDyn: the unweighted mean, corrected by h.
 
     In terms of the pseudo-gradients :math:`\Delta_k = \theta^{t-1} - \theta_k`:
-    :math:`h \leftarrow h + \frac{\alpha}{N}\sum_{k \in P} \Delta_k` first, then the
-    result :math:`\frac{1}{|P|}\sum_{k \in P}\Delta_k + h/\alpha`. P are the clients
-    with a weight above 0, N is the whole population.
+    :math:`h \leftarrow h + \frac{\alpha}{N}\sum_{k \in P} \Delta_k` first, then a
+    step of one along :math:`\frac{1}{|P|}\sum_{k \in P}\Delta_k + h/\alpha`. P are the
+    clients with a weight above 0, N is the whole population.
 
     Args:
-      alpha: α; with 0 this is `fedcl.aggregation.mean()` exactly.
+      alpha: α; with 0 this is the step along `fedcl.aggregation.mean()` exactly.
 
     Returns:
-      A linear reduction for `fedcl.aggregation.server`, with a state like φ.
+      A whole chain for `fedavg(…, server=…)`, linear in the clients' updates, with a
+      state like φ.
 
     Raises:
-      ValueError: when it is not given `weights=` and `population=`, which the server
-        chain of an algorithm is.
+      ValueError: when it is not given `weights=` and `population=`, which an algorithm
+        does.
 
-    >>> stage = feddyn_server(0.5)
-    >>> state = stage.init({"w": jnp.zeros(())})
-    >>> u = {"w": jnp.array([1.0, 3.0])}
-    >>> stage.update(u, state, weights=jnp.ones(2), population=jnp.float32(4))[0]["w"]
-    Array(3., dtype=float32)
+    >>> chain = feddyn_server(0.5)
+    >>> state, u = chain.init({"w": jnp.zeros(())}), {"w": jnp.array([1.0, 3.0])}
+    >>> given = {"weights": jnp.ones(2), "population": jnp.float32(4)}
+    >>> chain.update(u, state, **given)[0]["w"]
+    Array(-3., dtype=float32)
     """
+    return aggregation.server(_reduction(alpha), optax.sgd(1.0))
 
+
+def _reduction(alpha: float) -> aggregation.Stage:
     def update(updates, state, params=None, *, weights=None, population=None, **extra):
         if weights is None or population is None:
             raise ValueError(
@@ -91,10 +95,10 @@ def feddyn_server(alpha: float) -> aggregation.Stage:
         total = jax.tree.map(
             lambda u: jnp.einsum("c,c...->...", reports.astype(u.dtype), u), updates
         )
-        grown = lambda h, t: h + (alpha / population).astype(h.dtype) * t
+        grown = lambda h, t: h + jnp.asarray(alpha / population, h.dtype) * t
         h = jax.tree.map(grown, state, total)
         mean = aggregation.mean()
-        out = mean.update(updates, mean.init(params), weights=weights)[0]
+        out = mean.update(updates, optax.EmptyState(), weights=weights)[0]
         return jax.tree.map(lambda m, h: m + _ratio(h, alpha), out, h), h
 
     return aggregation._stage(tree.zeros_like, update, "feddyn_server", True, True)

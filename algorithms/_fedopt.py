@@ -104,7 +104,16 @@ def fedadam(
 def fedyogi(
     lr: float = 1e-2, b1: float = 0.9, b2: float = 0.99, tau: float = 1e-3
 ) -> aggregation.Server:
-    """Yogi on the server: v moves additively; arguments as in `fedadam`.
+    """Yogi on the server: v moves additively, by (1 − β₂)Δ² at most.
+
+    Args:
+      lr: η.
+      b1: β₁.
+      b2: β₂.
+      tau: τ > 0, as in `fedadam`.
+
+    Returns:
+      A chain for `fedavg(…, server=…)`.
 
     >>> chain = fedyogi(lr=1.0, b1=0.0, b2=0.75, tau=2.0)
     >>> u, state = 4 * jnp.ones((2, 1)), chain.init(jnp.zeros(1))
@@ -117,7 +126,15 @@ def fedyogi(
 def fedadagrad(
     lr: float = 1e-2, b1: float = 0.0, tau: float = 1e-3
 ) -> aggregation.Server:
-    """Adagrad on the server: v is the sum of all squares; arguments as in `fedadam`.
+    """Adagrad on the server: v is the sum of all squares.
+
+    Args:
+      lr: η.
+      b1: β₁.
+      tau: τ > 0, as in `fedadam`.
+
+    Returns:
+      A chain for `fedavg(…, server=…)`.
 
     >>> chain = fedadagrad(lr=1.0, tau=2.0)
     >>> u, state = 3 * jnp.ones((2, 1)), chain.init(jnp.zeros(1))

@@ -315,7 +315,8 @@ def consolidate(
         if merge:
             solved = statistic.solve(statistics.merge_all(statistic, values))
             one_commit = lambda m: commit(m, state.server.params, solved)
-            memories = jax.vmap(one_commit)(memories)
+            committed = jax.vmap(one_commit)(memories)
+            memories = tree.where(jnp.any(ends), committed, memories)
         clients = state.clients._replace(memory=memories)
         return state._replace(clients=clients), memory, {"clients": jnp.sum(ends)}
 

@@ -132,12 +132,12 @@ def _average(arms: list[str], history: History) -> "Figure":
         value = (A * seen)[:, rows].sum(-1) / seen[rows].sum(-1)
         mean, std, x = value.mean(0), value.std(0), at[rows]
         axes.plot(x, mean, color=color(arms, arm), label=arm, linewidth=2)
-        axes.fill_between(
-            x, mean - std, mean + std, color=color(arms, arm), alpha=0.15, linewidth=0
-        )
+        low, high = np.clip([mean - std, mean + std], 0, 100)
+        axes.fill_between(x, low, high, color=color(arms, arm), alpha=0.12, linewidth=0)
     for end in history["ends"]:
         axes.axvline(end, color="#999999", linewidth=0.7, linestyle=":")
     axes.set(xlabel="round", ylabel="accuracy on contexts met, %", ylim=(0, 102))
+    axes.set_xlim(0, history["ends"][-1])
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     _grid(axes)
     return figure

@@ -6,13 +6,13 @@ import jax.numpy as jnp
 from fedcl import testing
 
 
-def eight(problem):
-    """The toy stream with eight clients, for eight devices."""
-    double = lambda a: jnp.concatenate([a, a[::-1]])
+def many(problem: testing.Problem, n: int) -> testing.Problem:
+    """The toy problem with n clients, a multiple of four, some of them alike."""
+    again = lambda a: jnp.concatenate([jnp.roll(a, i, axis=2) for i in range(n // 4)])
 
-    class Eight(testing.ToyStream):
-        num_clients = 8
+    class Many(testing.ToyStream):
+        num_clients = n
 
-    jax.tree_util.register_dataclass(Eight)
+    jax.tree_util.register_dataclass(Many)
     s = problem.stream
-    return problem._replace(stream=Eight(double(s.x), double(s.y)))
+    return problem._replace(stream=Many(again(s.x), again(s.y)))

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from fedcl import cli
 from typer.testing import CliRunner
+
+from fedcl import cli
 
 TINY = Path(__file__).parent / "tiny.toml"
 
@@ -124,7 +125,9 @@ def test_summary_is_json_with_every_key(tmp_path):
     assert call("run", TINY, "--out", out).exit_code == 0
     summary = json.loads((out / "summary.json").read_text())
     assert set(summary["arms"]) == {"fedavg", "replay", "joint"}
-    keys = "average forgetting bwt anytime worst_client bytes_up bytes_down rounds seconds"
+    keys = (
+        "average forgetting bwt anytime worst_client bytes_up bytes_down rounds seconds"
+    )
     for values in summary["arms"].values():
         assert all(set(values[k]) == {"mean", "std"} for k in keys.split())
         assert 0 <= values["average"]["mean"] <= 1

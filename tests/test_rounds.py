@@ -10,7 +10,7 @@ import fedcl
 from fedcl import algorithms, cohorts, phases, reservoir, testing, tree
 from fedcl.rounds import FaultError
 from fedcl.tpu import mesh
-from tests.problems import eight
+from tests.problems import many
 
 KEY = jax.random.key(5)
 
@@ -59,7 +59,7 @@ SCHEDULES = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_and_mesh_gives_the_same_federation(problem, name):
-    p = eight(problem)
+    p = many(problem, 8)
     kw = dict(SCHEDULES[name])
     kw["mesh"] = mesh(kw.pop("devices")) if "devices" in kw else None
     cohort = cohorts.stratified(8, 8) if kw["mesh"] else cohorts.uniform(5)

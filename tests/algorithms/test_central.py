@@ -40,12 +40,13 @@ def federated(method, d):
     for t in range(VISITS * K):
         batches = {k: v[t, :1] for k, v in stream.batches.items()}
         one = lambda i: jnp.array([i], jnp.int32)
+        key = jax.random.key(t)[None]
         visit = fedcl.Visit(
             batches,
             one(t // VISITS),
             one(0),
             one(t),
-            jax.random.split(jax.random.key(t), 1),
+            key,
         )
         state, _ = one_round(state, visit)
     return cases.theta_of(state)

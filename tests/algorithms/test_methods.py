@@ -1,7 +1,5 @@
 """What single methods promise beyond their oracles: memories, errors, compositions."""
 
-import types
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +37,7 @@ def test_a_buffer_holds_only_its_clients_real_rows():
     for k in range(N):
         shown = d.x[d.train[:, k], k][d.mask[d.train[:, k], k] > 0]
         kept = np.asarray(memory.rows["x"][k][memory.rows["mask"][k] > 0])
-        assert sorted(map(tuple, kept)) == sorted(map(tuple, np.float32(shown)))
+        assert sorted(kept.tolist()) == sorted(shown.tolist())
 
 
 def test_every_anchor_is_renewed_at_each_boundary():
@@ -55,7 +53,6 @@ def test_every_anchor_is_renewed_at_each_boundary():
 def test_replayed_rows_reach_no_other_members_mean():
     """DER's rows are in no mean but its own, whatever stands around it."""
     batch = {"x": jnp.ones((B, D)), "y": jnp.zeros(B, jnp.int32), "mask": jnp.ones(B)}
-    ctx = types.SimpleNamespace(key=jax.random.key(0), shared=())
     ctx = _context(jax.random.key(0))
     chain = fedcl.chain(
         fc.lwf(1.0, Y), fc.derpp(6, 2, Y), fc.replay(6, 3, strength=0.5)
@@ -86,7 +83,7 @@ def test_agem_leaves_an_agreeing_gradient_and_removes_an_opposing_one():
     _, memory = method.update(params, memory, params, rows, None, ctx)
     memory = method.begin(memory, params, _context(jax.random.key(1), boundary=True))
     assert memory.context == 1
-    g = jax.grad(lambda p: cases.loss_fn(p, rows, None)[0])(params)
+    g = jax.grad(lambda p: cases.loss_fn(p, rows, ctx.key)[0])(params)
     against = jax.tree.map(jnp.negative, g)
     kept, _ = method.update(g, memory, params, rows, None, ctx)
     removed, _ = method.update(against, memory, params, rows, None, ctx)
@@ -103,7 +100,7 @@ def test_agem_draws_nothing_from_the_present_context():
     _, memory = method.update(
         params, method.init(params, example()), params, rows, None, ctx
     )
-    g = jax.grad(lambda p: -cases.loss_fn(p, rows, None)[0])(params)
+    g = jax.grad(lambda p: -cases.loss_fn(p, rows, ctx.key)[0])(params)
     same, _ = method.update(g, memory, params, rows, None, ctx)
     assert all(bool((same[k] == g[k]).all()) for k in g)
 
@@ -114,8 +111,8 @@ def test_feddyn_server_at_zero_is_the_mean_and_finite():
     state = stage.init({"w": jnp.zeros(2)})
     for _ in range(3):
         found, state = stage.update(u, state, weights=w, population=jnp.float32(3))
-        assert found["w"].tolist() == [3.0, 4.0]
-    assert state["w"].tolist() == [0.0, 0.0]
+        assert jax.tree.map(lambda x: x.tolist(), found) == {"w": [-3.0, -4.0]}
+    assert all(bool((x == 0).all()) for x in jax.tree.leaves(state))
 
 
 def test_server_chains_are_linear_up_to_the_reduction():
@@ -173,5 +170,5 @@ def test_an_unknown_gradient_of_si_is_refused():
 def test_feddyn_server_outside_a_server_chain_is_refused():
     stage = fc.feddyn_server(0.1)
     state = stage.init({"w": jnp.zeros(2)})
-    with pytest.raises(ValueError, match="feddyn_server.*population"):
+    with pytest.raises(ValueError, match=r"feddyn_server.*population"):
         stage.update({"w": jnp.zeros((3, 2))}, state, weights=jnp.ones(3))

@@ -47,12 +47,14 @@ def test_the_problem_has_every_difficulty():
     d = federation.data()
     assert not d.train.all() and not d.report.all()
     assert (d.mask.sum(axis=-1) == 0).any() and set(d.mask.flat) == {0, 0.5, 1}
-    assert d.task.max(axis=0).tolist() == [2] * federation.N
+    assert d.task.max(axis=0).tolist() == [2, 2, 1, 2]
+    assert d.task[-1, 2] == 0 and not d.train[0, 1]
     boundaries = np.argwhere(np.diff(d.task, axis=0))
     assert len(set(boundaries[:, 0])) > 2
 
 
 def test_agem_projects_in_the_problem():
     oracle = replay.AGEM(9, 4)
-    federation.run(federation.data(), oracle, federation.Mean())
+    key_of = lambda t, k, s: cases.keys()[k, t, s]
+    federation.run(federation.data(), oracle, federation.Mean(), key_of)
     assert oracle.projections > 3

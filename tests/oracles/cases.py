@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedcl import aggregation, base, cohorts, losses, phases, statistics
+from fedcl import aggregation, base, cohorts, losses, phases, statistics, transform
 from fedcl import algorithms as fc
 from tests.oracles import federated, federation, regularisation, replay
-from tests.oracles.federation import LR, N, T, Y
+from tests.oracles.federation import LR, N, S, T, Y
 
 Server = Callable[[Any], Any]
 
@@ -31,7 +31,7 @@ class Case(NamedTuple):
     server: Server | None = None
     oracle_server: Callable[[float], federation.Mean] = lambda s: federation.Mean()
     statistic: statistics.Statistic | None = None
-    commit: Callable | None = None
+    commit: Callable = fc.fisher_commit()
     heads: bool = False
     zero: str | None = None  # At zero strength: "bits" of, or "close" to, `zero_case`.
     zero_case: str = "fedavg"
@@ -134,20 +134,31 @@ def theta_of(state: base.State) -> np.ndarray:
     return federation.vector(np.asarray(kernel), np.asarray(bias)).astype(np.float64)
 
 
+@functools.cache
+def keys() -> jax.Array:
+    """The keys [N, T, S] that a transform sees, told by one that remembers them."""
+
+    def update(grads, memory, params, batch, aux, ctx):
+        return grads, memory.at[ctx.round, ctx.step].set(jax.random.key_data(ctx.key))
+
+    blank = jnp.zeros((T, S, *jax.random.key_data(jax.random.key(0)).shape), jnp.uint32)
+    probe = transform(init=lambda params, example: blank, update=update)
+    case = CASES["fedavg"]._replace(method=lambda s: probe)
+    return jax.random.wrap_key_data(final(case).clients.memory)
+
+
 def oracle(name: str, seed: int = 0) -> np.ndarray:
     """The oracle's θ after all rounds."""
     case, d = CASES[name], federation.data(seed)
     # What float32 makes of a strength is part of the problem, not an error.
     s = float(np.float32(case.strength))
-    return federation.run(d, case.oracle(s), case.oracle_server(s), case.heads)
+    method, server = case.oracle(s), case.oracle_server(s)
+    key_of = lambda t, k, s: keys()[k, t, s]
+    return federation.run(d, method, server, key_of, case.heads)
 
 
 def mean_server(s: Any) -> aggregation.Server:
     return aggregation.server(aggregation.mean(), optax.sgd(1.0))
-
-
-def feddyn_server(s: Any) -> aggregation.Server:
-    return aggregation.server(fc.feddyn_server(s), optax.sgd(1.0))
 
 
 def _servers() -> dict[str, Case]:
@@ -189,7 +200,7 @@ def _federated() -> dict[str, Case]:
             federated.FedDyn,
             fc.feddyn,
             0.5,
-            feddyn_server,
+            fc.feddyn_server,
             federated.FedDynServer,
             zero="bits",
             zero_case="fedavg_unweighted",

@@ -1,12 +1,13 @@
 """Federated averaging as loops over rounds, clients and steps, in NumPy float64.
 
 A linear-softmax classifier with gradients derived by hand; four clients that meet
-three contexts one after another, each at its own rounds; some sit rounds out, some
-train and are not heard, some have steps without rows, rows weigh 0, ½ or 1. Methods
-subclass `FedAvg`, servers `Mean`. θ is one vector: the kernel [D, Y], then the bias.
+contexts one after another, each at its own rounds, one of them twice; some sit rounds
+out, some train and are not heard, some have steps without rows, rows weigh 0, ½ or 1.
+Methods subclass `FedAvg`, servers `Mean`. θ is one vector: the kernel [D, Y], then the
+bias.
 """
 
-import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ def data(seed: int = 0) -> Data:
     rng = np.random.default_rng(seed)
     late = np.array([0, 1, 0, 2])
     task = np.clip((np.arange(T)[:, None] - late[None]) // 3, 0, K - 1)
+    task[6:, 2] = 0  # A context that comes back.
     y = 2 * task[:, :, None, None] + rng.integers(0, 2, (T, N, S, B))
     centres = rng.normal(size=(Y, D))
     x = centres[y] + 0.7 * rng.normal(size=(T, N, S, B, D))
@@ -43,6 +45,7 @@ def data(seed: int = 0) -> Data:
     mask[rng.random((T, N)) < 0.2, 1] = 0.0  # Steps without rows.
     head = np.broadcast_to(np.arange(Y) // 2 == (y // 2)[..., None], (T, N, S, B, Y))
     train = rng.random((T, N)) < 0.8
+    train[0, 1] = False  # A client that joins when the parameters have moved.
     report = rng.random((T, N)) < 0.9
     single = lambda a: np.asarray(a, np.float32).astype(np.float64)
     theta = single(0.3 * rng.normal(size=P))
@@ -133,22 +136,7 @@ class Mean:
 
     def delta(self, theta: np.ndarray, ends: dict, n: dict) -> np.ndarray:
         total = sum(n.values())
-        return sum(n[k] * (ends[k] - theta) for k in ends) / total
-
-
-@functools.cache
-def visit_key(t: int, k: int) -> jax.Array:
-    """The key of a visit, as the engine derives it for the first phase."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), t), 0)
-    key = jax.random.fold_in(jax.random.fold_in(key, 1), k)
-    return jax.random.split(key)[1]
-
-
-@functools.cache
-def step_key(t: int, k: int, s: int) -> jax.Array:
-    """The key that a transform sees in a step."""
-    k_steps = jax.random.split(visit_key(t, k), 3)[1]
-    return jax.random.split(jax.random.fold_in(k_steps, s))[1]
+        return np.sum([n[k] * (ends[k] - theta) for k in ends], axis=0) / total
 
 
 def rows_of(d: Data, t: int, k: int, s: int | slice, heads: bool) -> dict:
@@ -164,20 +152,26 @@ def row(d: Data, ids: np.ndarray) -> dict:
     return {"x": d.x[at], "y": d.y[at], "mask": d.mask[at]}
 
 
-def run(d: Data, method: FedAvg, server: Mean, heads: bool = False) -> np.ndarray:
-    """All rounds; the final θ."""
+def run(
+    d: Data,
+    method: FedAvg,
+    server: Mean,
+    key_of: Callable[[int, int, int], jax.Array],
+    heads: bool = False,
+) -> np.ndarray:
+    """All rounds; the final θ. `key_of(t, k, s)` is the key of a method's draws."""
     theta, last = d.theta.copy(), [-1] * N
     memories = [method.memory(theta) for _ in range(N)]
     told = np.zeros((N, P))
     ids = np.arange(T * N * S * B).reshape(T, N, S, B)
     for t in range(T):
         ends, n, shared = {}, {}, told.mean(axis=0)
-        for k in np.flatnonzero(d.train[t]):
+        for k in np.flatnonzero(d.train[t]).tolist():
             m, w, steps = memories[k], theta.copy(), 0
             method.begin(m, theta, last[k] >= 0 and last[k] != d.task[t, k])
             last[k] = d.task[t, k]
             for s in range(S):
-                ctx = Step(theta, shared, step_key(t, k, s), ids[t, k, s], d)
+                ctx = Step(theta, shared, key_of(t, k, s), ids[t, k, s], d)
                 if d.mask[t, k, s].sum() > 0:
                     rows = rows_of(d, t, k, s, heads)
                     w = w - LR * method.gradient(m, w, rows, ctx)
@@ -187,7 +181,7 @@ def run(d: Data, method: FedAvg, server: Mean, heads: bool = False) -> np.ndarra
                 ends[k], n[k], told[k] = w, d.mask[t, k].sum(), tell
         if ends:
             theta = server.step(theta, ends, n, N)
-        for k in np.flatnonzero(d.train[t]):
+        for k in np.flatnonzero(d.train[t]).tolist():
             if t + 1 < T and d.task[t + 1, k] != d.task[t, k]:
                 rows = rows_of(d, t, k, slice(None), heads)
                 method.consolidate(memories[k], theta, rows)

@@ -83,6 +83,9 @@ class Quadratic(FedAvg):
         pull = 2 * self.factor * m["omega"] * (theta - m["anchor"])
         return gradient(theta, rows) + pull
 
+    def row(self, theta, rows, i, key):
+        raise NotImplementedError
+
     def observe(self, theta, rows, key):
         keys = jax.random.split(key, len(rows["mask"]))
         one = lambda i: self.row(theta, rows, i, keys[i])

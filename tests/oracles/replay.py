@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedcl import reservoir
+from fedcl import _random, reservoir
 from tests.oracles.federation import FedAvg, Y, back, gradient, logits, row, weights
 
 _add = jax.jit(reservoir.add)
@@ -29,15 +29,22 @@ class Ids:
         group = None if group is None else jnp.asarray(group, jnp.int32)
         self.kept = _add(self.kept, batch, key, group)
 
-    def draw(self, n, key, allowed=None):
+    def draw(self, n, key):
         """Ids, none if there is nothing to draw from."""
-        kept = self.kept.rows
-        if allowed is not None:
-            ok = [allowed(int(i)) for i in np.asarray(kept["id"])]
-            kept = {**kept, "mask": kept["mask"] * jnp.asarray(ok, jnp.float32)}
-        drawn = _sample(self.kept._replace(rows=kept), n, key)
+        drawn = _sample(self.kept, n, key)
         ids = np.asarray(drawn["id"])
         return ids if (np.asarray(drawn["mask"]) > 0).all() else ids[:0]
+
+    def draw_where(self, allowed, n, key):
+        """Ids among those stored that are allowed."""
+        rows = jax.tree.map(np.asarray, self.kept.rows)
+        stored = rows["id"][rows["mask"] > 0]
+        ids = np.array([i for i in stored if allowed(int(i))], np.int64)
+        return (
+            ids[np.asarray(_random.below(key, (n,), max(len(ids), 1)))]
+            if len(ids)
+            else ids
+        )
 
 
 class Replay(FedAvg):
@@ -106,8 +113,8 @@ class AGEM(FedAvg):
         g = gradient(theta, rows)
         k_sample, _, k_add = jax.random.split(step.key, 3)
         earlier = lambda i: m["of"].get(i, m["context"]) < m["context"]
-        allowed = earlier if self.past_only else None
-        ids = m["ids"].draw(self.n, k_sample, allowed)
+        allowed = earlier if self.past_only else lambda i: True
+        ids = m["ids"].draw_where(allowed, self.n, k_sample)
         m["ids"].offer(step.ids, rows, k_add)
         m["of"].update({int(i): m["context"] for i in step.ids})
         if not len(ids):

@@ -92,11 +92,11 @@ def test_joined_transforms_and_heads_stay_with_their_rows():
     }
     data = {"x": np.arange(8.0).reshape(2, 4), "y": np.array([0, 1])}
     turned = streams.permutations(2, (4,), seed=1)
-    negated = streams.transforms([lambda b: b | {"x": -b["x"]}])
+    other = streams.permutations(3, (4,), seed=2)
     a = streams.domain_incremental(data, turned, head=np.eye(2), **shared)
-    b = streams.domain_incremental(data, negated, head=[[1, 1]], **shared)
+    b = streams.domain_incremental(data, other, head=np.ones((3, 2)), **shared)
     both = streams.concatenated(a, b)
-    for t, (stream, at) in enumerate([(a, 0), (a, 1), (b, 0)]):
+    for t, (stream, at) in enumerate([(a, 0), (a, 1), (b, 0), (b, 1), (b, 2)]):
         key = jax.random.key(t)
         equal(sample(both, key, 0, t), sample(stream, key, 0, at))
 
