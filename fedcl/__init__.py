@@ -5,9 +5,11 @@ from fedcl import base as base
 from fedcl import checkpoint as checkpoint
 from fedcl import cohorts as cohorts
 from fedcl import losses as losses
+from fedcl import metrics as metrics
 from fedcl import phases as phases
 from fedcl import reservoir as reservoir
 from fedcl import statistics as statistics
+from fedcl import testing as testing
 from fedcl import tree as tree
 from fedcl.base import Algorithm as Algorithm
 from fedcl.base import Batch as Batch

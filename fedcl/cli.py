@@ -72,7 +72,8 @@ def list_() -> None:
     """Lists experiments, methods, servers, streams and models."""
     from rich.table import Table
 
-    from fedcl import _methods, experiment
+    from fedcl import _experiment_methods as _methods
+    from fedcl import experiment
 
     groups: dict[str, dict[str, Any]] = {
         "experiments": dict(experiment.shipped()),

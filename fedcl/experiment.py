@@ -13,13 +13,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedcl import _methods
-from fedcl._run import Event as Event
-from fedcl._run import Result as Result
-from fedcl._run import run as run
+from fedcl import _experiment_methods as _methods
+from fedcl._experiment_run import Event as Event
+from fedcl._experiment_run import Result as Result
+from fedcl._experiment_run import run as run
 
 if TYPE_CHECKING:
-    from fedcl._config import Experiment
+    from fedcl._experiment_config import Experiment
 
 
 class ConfigError(ValueError):
@@ -148,7 +148,8 @@ def _with(node: Any, keys: list[str], value: Any) -> Any:
 def _checked(source: str, table: dict[str, Any]) -> "Experiment":
     from pydantic import ValidationError
 
-    from fedcl import _checks, _config
+    from fedcl import _experiment_checks as _checks
+    from fedcl import _experiment_config as _config
 
     try:
         experiment = _config.Experiment.model_validate(table)
@@ -202,7 +203,7 @@ def _path(loc: tuple[Any, ...], table: Any) -> Iterator[Any]:
 
 def _fields(path: list[Any], table: Any) -> list[str]:
     """The keys allowed in the table at a path."""
-    from fedcl import _config
+    from fedcl import _experiment_config as _config
 
     sections: list[Any] = [_config.Experiment]
     for part in path:
@@ -222,7 +223,7 @@ def _kind(section: Any) -> Any:
 
 
 def _tags(path: list[Any], table: Any) -> str:
-    from fedcl import _config
+    from fedcl import _experiment_config as _config
 
     field = _config.Experiment
     for part in path[:-1]:
@@ -232,7 +233,7 @@ def _tags(path: list[Any], table: Any) -> str:
 
 
 def _sections(annotation: Any) -> Iterator[Any]:
-    from fedcl._config import Section
+    from fedcl._experiment_config import Section
 
     if isinstance(annotation, type) and issubclass(annotation, Section):
         yield annotation

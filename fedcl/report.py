@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedcl import _results
+from fedcl import _experiment_results as _results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fedcl._config import Experiment
+    from fedcl._experiment_config import Experiment
 
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, GRID = "#222222", "#DDDDDD"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.labelcolor": INK,
@@ -83,7 +83,8 @@ def rebuild(out: str | os.PathLike[str]) -> Path:
 
 def show_stream(experiment: "Experiment", path: str | os.PathLike[str]) -> Path:
     """Draws the stream of an experiment, without running it."""
-    from fedcl import _build, streams
+    from fedcl import _experiment_build as _build
+    from fedcl import streams
 
     stream = _build.stream(experiment, _build.table(experiment))
     streams.draw(stream, path, title=f"{experiment.name}: contexts over rounds")

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from fedcl import _build, _results, experiment
+from fedcl import _experiment_build as _build
+from fedcl import _experiment_results as _results
+from fedcl import experiment
 from fedcl.checkpoint import CheckpointError, Interrupted
 
 TINY = Path(__file__).parent / "tiny.toml"

@@ -14,6 +14,7 @@ from fedcl.algorithms import fedavg
 R = np.array([[0.8, 0.6, 0.1], [0.9, 0.7, 0.2], [0.5, 0.4, 0.95]])
 # Nothing is forgotten: context 0 improves to the end.
 UP = np.array([[0.5, 0.2], [0.75, 0.9]])
+AT = np.array([0, 5, 10, 15, 20])
 A = np.array([[0.1, 0.1], [0.8, 0.1], [0.9, 0.2], [0.3, 0.9], [0.6, 0.7]])
 
 GOLDEN = {
@@ -123,9 +124,9 @@ def test_spread_over_clients():
 
 
 def test_rows_of_R_are_the_first_evaluations_after_the_ends():
-    got = metrics.R_of(A, at=[0, 5, 10, 15, 20], ends=[5, 11])
+    got = metrics.R_of(A, at=AT, ends=np.array([5, 11]))
     np.testing.assert_allclose(got, A[[1, 3]], rtol=1e-6)
-    np.testing.assert_allclose(metrics.R_of(A, [0, 5, 10, 15, 20], [30, 30]), A[[4, 4]])
+    np.testing.assert_allclose(metrics.R_of(A, AT, np.array([30, 30])), A[[4, 4]])
 
 
 def test_one_context_forgets_nothing():

@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from fedcl import _results, report
+from fedcl import _experiment_results as _results
+from fedcl import report
 
 ARMS = ["fedavg", "replay", "a-third_arm"]
 

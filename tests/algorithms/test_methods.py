@@ -147,7 +147,9 @@ def test_a_commit_to_another_memory_is_refused(method):
 
 
 @pytest.mark.parametrize(
-    "method", [fc.lwf(1.0, Y), fc.der(4, 1, Y), fc.derpp(4, 1, Y)], ids=str
+    "method",
+    [fc.lwf(1.0, Y), fc.der(4, 1, Y), fc.derpp(4, 1, Y)],
+    ids=["lwf", "der", "derpp"],
 )
 def test_logits_of_another_width_are_refused(method):
     with pytest.raises(ValueError, match=rf"\(5, 3\).*num_classes={Y}"):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fedcl import _methods, aggregation, base, cohorts, losses, metrics, phases, tree
+from fedcl import _experiment_methods as _methods
+from fedcl import aggregation, base, cohorts, losses, metrics, phases, tree
 from fedcl import chain as chained
-from fedcl._config import Arm, Client, Experiment
+from fedcl._experiment_config import Arm, Client, Experiment
 
 PyTree = Any
 INIT, RUN, PUBLIC, ADAPTER = range(4)  # What each seed's key is folded with.

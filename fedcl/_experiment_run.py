@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from fedcl import _results, base, checkpoint, metrics, phases, rounds
+from fedcl import _experiment_results as _results
+from fedcl import base, checkpoint, metrics, phases, rounds
 
 if TYPE_CHECKING:
-    from fedcl._build import Table
-    from fedcl._config import Arm, Experiment
+    from fedcl._experiment_build import Table
+    from fedcl._experiment_config import Arm, Experiment
 
 PyTree = Any
 
@@ -103,10 +104,11 @@ def run(
     tell = progress or (lambda event: None)
     folder = None if out is None else _results.prepare(Path(out), experiment, resume)
     setup = prepare(experiment, tell)
-    cache: dict[str, Any] = {}
-    arms = {}
-    for name, arm in experiment.arms.items():
-        arms[name] = _arm(experiment, setup, name, arm, folder, resume, tell, cache)
+    ready = _ready(experiment, setup, tell)
+    arms = {
+        name: _arm(experiment, setup, name, ready[name], folder, resume, tell)
+        for name in experiment.arms
+    }
     summary, history = _results.collect(experiment, setup, arms)
     if folder is None:
         return Result(summary, history, None)
@@ -116,7 +118,7 @@ def run(
 
 def prepare(e: "Experiment", tell: Tell) -> Setup:
     """Data, stream, model, and the public phase."""
-    from fedcl import _build
+    from fedcl import _experiment_build as _build
 
     table = _build.table(e)
     stream = _build.stream(e, table)
@@ -149,7 +151,7 @@ def _seen(stream: Any) -> np.ndarray:
 
 def _public(e, table, stream, made, params, keys, tell: Tell) -> PyTree:
     """The parameters after the server trained on public data, before round 0."""
-    from fedcl import _build
+    from fedcl import _experiment_build as _build
     from fedcl.algorithms import fedavg
 
     start = time.perf_counter()
@@ -172,41 +174,53 @@ def _public(e, table, stream, made, params, keys, tell: Tell) -> PyTree:
     return state.server.params
 
 
+class Ready(NamedTuple):
+    """An arm that can be run."""
+
+    algorithm: base.Algorithm
+    parts: tuple[phases.Phase, ...]
+    state: base.State
+    stream: Any
+
+
+def _ready(e: "Experiment", setup: Setup, tell: Tell) -> dict[str, Ready]:
+    """All arms; those that differ in their stream alone share one program."""
+    from fedcl import _experiment_build as _build
+    from fedcl.algorithms import fedavg
+
+    made: dict[str, Ready] = {}
+    arms: dict[str, Ready] = {}
+    example, n = setup.stream.example(), setup.stream.num_clients
+    for name, arm in e.arms.items():
+        key = json.dumps(arm.model_dump(exclude={"joint"}), sort_keys=True)
+        if key not in made:
+            algorithm = fedavg(
+                setup.loss_fn,
+                _build.optimizer(e.federation.client),
+                server=_build.server(e, arm),
+                transform=_build.transform(arm),
+                opt_policy=e.federation.client.policy,
+            )
+            init = lambda p, f, a=algorithm: a.init(p, example, n, frozen=f)
+            state = jax.jit(jax.vmap(init))(setup.params, setup.frozen)
+            parts = tuple(_round(e, setup, arm, algorithm, state, tell))
+            made[key] = Ready(algorithm, parts, state, setup.stream)
+        stream = setup.joint if arm.joint else setup.stream
+        arms[name] = made[key]._replace(stream=stream)
+    return arms
+
+
 def _arm(
     e: "Experiment",
     setup: Setup,
     name: str,
-    arm: "Arm",
+    ready: Ready,
     folder: Path | None,
     resume: bool,
     tell: Tell,
-    cache: dict[str, Any],
 ) -> _results.Arm:
-    from fedcl import _build
-    from fedcl.algorithms import fedavg
-
     start = time.perf_counter()
-    stream = setup.joint if arm.joint else setup.stream
-    key = json.dumps(arm.model_dump(exclude={"joint"}), sort_keys=True)
-    if key not in cache:
-        client = e.federation.client
-        cache[key] = (
-            fedavg(
-                setup.loss_fn,
-                _build.optimizer(client),
-                server=_build.server(e, arm),
-                transform=_build.transform(arm),
-                opt_policy=client.policy,
-            ),
-            {},
-        )
-    algorithm, parts = cache[key]
-    example, n = stream.example(), stream.num_clients
-    init = lambda p, f: algorithm.init(p, example, n, frozen=f)
-    state = jax.jit(jax.vmap(init))(setup.params, setup.frozen)
-    if not parts:
-        parts["round"] = _round(e, setup, arm, algorithm, state, tell)
-    total = stream.num_rounds
+    total = ready.stream.num_rounds
     tell(Event(arm=name, rounds=total))
 
     def report(p: rounds.Progress) -> None:
@@ -214,26 +228,26 @@ def _arm(
         tell(Event("", name, p.done, p.rounds, float(seen.mean())))
 
     _, history = rounds.run(
-        parts["round"],
-        state,
-        stream,
+        ready.parts,
+        ready.state,
+        ready.stream,
         key=setup.keys,
         rounds=total,
         evaluate=setup.evaluate,
         every=e.evaluation.every,
         nonfinite=e.federation.nonfinite,
-        checkpoint=_checkpoints(e, name, arm, folder),
+        checkpoint=_checkpoints(e, name, e.arms[name], folder),
         resume=resume,
         progress=report,
     )
-    one = jax.tree.map(lambda x: x[0], state)
-    sent = metrics.communication(algorithm, one, stream)
+    one = jax.tree.map(lambda x: x[0], ready.state)
+    sent = metrics.communication(ready.algorithm, one, ready.stream)
     return _results.Arm(history, sent, time.perf_counter() - start)
 
 
 def _round(e, setup: Setup, arm: "Arm", algorithm, state, tell: Tell) -> Any:
     """The phases of a round."""
-    from fedcl import _build
+    from fedcl import _experiment_build as _build
 
     schedule, sampler = e.federation.schedule, _build.sampler(e)
     if schedule == "auto":

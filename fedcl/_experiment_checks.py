@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from fedcl import _methods
-from fedcl._config import Arm, Convnet, Experiment, Mlp, Rotations, Vit
+from fedcl import _experiment_methods as _methods
+from fedcl._experiment_config import Arm, Convnet, Experiment, Mlp, Rotations, Vit
 
 DIGITS = (8, 8, 1)
 

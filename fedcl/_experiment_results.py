@@ -14,8 +14,8 @@ from fedcl import metrics, rounds
 from fedcl.checkpoint import CheckpointError
 
 if TYPE_CHECKING:
-    from fedcl._config import Experiment
-    from fedcl._run import Setup
+    from fedcl._experiment_config import Experiment
+    from fedcl._experiment_run import Setup
 
 ROOM = 50_000_000  # Bytes that must be free.
 MEANING = {

@@ -2,11 +2,17 @@
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 REDUCTIONS = ("weighted_mean", "mean", "median", "trimmed_mean")
-TYPES = {"int": int, "float": (int, float), "str": str, "bool": bool}
+TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (int, float),
+    "str": (str,),
+    "bool": (bool,),
+}
 
 
 def methods() -> dict[str, Callable[..., Any]]:
@@ -48,8 +54,9 @@ def _returning(module: Any, kinds: tuple[type, ...]) -> dict[str, Callable[..., 
 
 
 def summary(fn: Callable[..., Any]) -> str:
-    """The first line of a docstring."""
-    return (inspect.getdoc(fn) or "").split("\n", 1)[0]
+    """The first line of a docstring, formulas as they are written."""
+    line = (inspect.getdoc(fn) or "").split("\n", 1)[0]
+    return re.sub(r":math:`([^`]*)`", r"\1", line)
 
 
 def nearest(name: str, allowed: Any) -> str:
@@ -76,10 +83,10 @@ def _resolved(
     Raises:
       ValueError: for an unknown name, unknown, missing or wrongly typed arguments.
     """
-    name = given.get("method")
+    name = str(given.get("method"))
     if name not in known:
         raise ValueError(
-            f"the {what} {name!r} is not known{nearest(str(name), known)} Give "
+            f"the {what} {name!r} is not known{nearest(name, known)} Give "
             f"method = one of {', '.join(known)}"
         )
     parameters = inspect.signature(known[name]).parameters
@@ -125,7 +132,7 @@ def _kinds(annotation: Any) -> tuple[type, ...]:
         kinds = TYPES.get(name)
         if kinds is None and name != "NoneType":
             return ()
-        found += kinds if isinstance(kinds, tuple) else [kinds] if kinds else []
+        found += kinds or ()
     return tuple(found)
 
 
