@@ -3,7 +3,21 @@
 import jax
 import jax.numpy as jnp
 
-from fedcl import testing
+import fedcl
+from fedcl import reservoir, testing
+
+
+def replaying():
+    """Memory, randomness and a boundary in one small transform."""
+
+    def batch(memory, batch, ctx):
+        return fedcl.append(batch, reservoir.sample(memory, 2, ctx.key))
+
+    def update(grads, memory, params, batch, aux, ctx):
+        return grads, reservoir.add(memory, batch, jax.random.fold_in(ctx.key, 1))
+
+    init = lambda params, example: reservoir.empty(example, 6)
+    return fedcl.transform(init=init, batch=batch, update=update)
 
 
 def many(problem: testing.Problem, n: int) -> testing.Problem:

@@ -14,27 +14,17 @@ import optax
 import pytest
 
 import fedcl
-from fedcl import algorithms, checkpoint, cohorts, reservoir, testing
+from fedcl import algorithms, checkpoint, cohorts, testing
 from fedcl.tpu import mesh
+from tests.problems import replaying
 
 KEY = jax.random.key(3)
-
-
-def method():
-    def batch(memory, batch, ctx):
-        return fedcl.append(batch, reservoir.sample(memory, 2, ctx.key))
-
-    def update(grads, memory, params, batch, aux, ctx):
-        return grads, reservoir.add(memory, batch, jax.random.fold_in(ctx.key, 1))
-
-    init = lambda params, example: reservoir.empty(example, 6)
-    return fedcl.transform(init=init, batch=batch, update=update)
 
 
 def go(directory=None, rounds=8, resume=False, identity=None, every=2, **kw):
     p = testing.toy_problem()
     algorithm = algorithms.fedavg(
-        p.loss_fn, optax.sgd(0.1), transform=method(), opt_policy="keep"
+        p.loss_fn, optax.sgd(0.1), transform=replaying(), opt_policy="keep"
     )
     state = algorithm.init(p.params, p.stream.example(), 4)
     saving = None

@@ -7,25 +7,12 @@ import optax
 import pytest
 
 import fedcl
-from fedcl import algorithms, cohorts, phases, reservoir, testing, tree
+from fedcl import algorithms, cohorts, phases, testing, tree
 from fedcl.rounds import FaultError
 from fedcl.tpu import mesh
-from tests.problems import many
+from tests.problems import many, replaying
 
 KEY = jax.random.key(5)
-
-
-def replaying():
-    """Memory, randomness and a boundary in one small transform."""
-
-    def batch(memory, batch, ctx):
-        return fedcl.append(batch, reservoir.sample(memory, 2, ctx.key))
-
-    def update(grads, memory, params, batch, aux, ctx):
-        return grads, reservoir.add(memory, batch, jax.random.fold_in(ctx.key, 1))
-
-    init = lambda params, example: reservoir.empty(example, 6)
-    return fedcl.transform(init=init, batch=batch, update=update)
 
 
 @pytest.fixture(scope="module")

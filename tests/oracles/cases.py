@@ -135,7 +135,7 @@ def theta_of(state: base.State) -> np.ndarray:
 
 
 @functools.cache
-def keys() -> jax.Array:
+def keys(seed: int) -> jax.Array:
     """The keys [N, T, S] that a transform sees, told by one that remembers them."""
 
     def update(grads, memory, params, batch, aux, ctx):
@@ -144,7 +144,7 @@ def keys() -> jax.Array:
     blank = jnp.zeros((T, S, *jax.random.key_data(jax.random.key(0)).shape), jnp.uint32)
     probe = transform(init=lambda params, example: blank, update=update)
     case = CASES["fedavg"]._replace(method=lambda s: probe)
-    return jax.random.wrap_key_data(final(case).clients.memory)
+    return jax.random.wrap_key_data(final(case, seed=seed).clients.memory)
 
 
 def oracle(name: str, seed: int = 0) -> np.ndarray:
@@ -153,7 +153,7 @@ def oracle(name: str, seed: int = 0) -> np.ndarray:
     # What float32 makes of a strength is part of the problem, not an error.
     s = float(np.float32(case.strength))
     method, server = case.oracle(s), case.oracle_server(s)
-    key_of = lambda t, k, s: keys()[k, t, s]
+    key_of = lambda t, k, s: keys(seed)[k, t, s]
     return federation.run(d, method, server, key_of, case.heads)
 
 
