@@ -55,6 +55,6 @@ def test_the_problem_has_every_difficulty():
 
 def test_agem_projects_in_the_problem():
     oracle = replay.AGEM(9, 4)
-    key_of = lambda t, k, s: cases.keys()[k, t, s]
+    key_of = lambda t, k, s: cases.keys(0)[k, t, s]
     federation.run(federation.data(), oracle, federation.Mean(), key_of)
     assert oracle.projections > 3
