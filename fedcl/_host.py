@@ -71,36 +71,39 @@ def drive(
     Returns:
       The final state and the history.
     """
-    axis, done, history = int(o.seeded), 0, None
+    axis, done, saved = int(o.seeded), 0, None
     if o.checkpoint is not None:
         saved = o.checkpoint.open(state, key, resume=o.resume)
-        if saved is not None:
-            state, done = saved.state, saved.round
-            history = History(saved.rounds, saved.evaluations, saved.at)
-    if history is None:
-        history = _initial(first(state), axis)
+    if saved is not None:
+        state, done = saved.state, saved.round
+        pieces = [History(saved.rounds, saved.evaluations, saved.at)]
+    else:
+        pieces = [_initial(first(state), axis)]
         if o.checkpoint is not None:
-            o.checkpoint.record(done, history)
-    with Interrupt(o.checkpoint is not None) as interrupt:
-        while done < o.rounds:
-            stop = min(done + o.every, o.rounds)
-            state, metrics, evaluation = segment(state, done, stop)
-            fresh = _fresh(metrics, evaluation, stop, stop - done, axis)
-            history, done = _concatenate(history, fresh, axis), stop
-            _tell(o, done, fresh, axis)
-            stopping = interrupt.requested and done < o.rounds
-            if o.checkpoint is not None:
-                o.checkpoint.record(done, fresh)
-                last = stopping or done == o.rounds
-                o.checkpoint.save(done, state, key, force=last)
-            _check_faults(fresh, done, o, state, history)
-            if stopping:
-                assert o.checkpoint is not None
-                o.checkpoint.close()
-                raise interrupt.error(done, o.rounds, o.checkpoint.directory)
-    if o.checkpoint is not None:
-        o.checkpoint.close()
-    return state, history
+            o.checkpoint.record(done, pieces[0])
+    try:
+        with Interrupt(o.checkpoint is not None) as interrupt:
+            while done < o.rounds:
+                start, done = done, min(done + o.every, o.rounds)
+                state, metrics, evaluation = segment(state, start, done)
+                fresh = _fresh(metrics, evaluation, done, done - start, axis)
+                pieces.append(fresh)
+                _tell(o, done, fresh, axis)
+                stopping = interrupt.requested and done < o.rounds
+                if o.checkpoint is not None:
+                    o.checkpoint.record(done, fresh)
+                    last = stopping or done == o.rounds
+                    o.checkpoint.save(done, state, key, force=last)
+                fault = _fault(fresh, done, o)
+                if fault:
+                    raise FaultError(fault, state, _joined(pieces, axis))
+                if stopping:
+                    assert o.checkpoint is not None
+                    raise interrupt.error(done, o.rounds, o.checkpoint.directory)
+    finally:
+        if o.checkpoint is not None:
+            o.checkpoint.close()
+    return state, _joined(pieces, axis)
 
 
 def _tell(o: Options, done: int, fresh: History, axis: int) -> None:
@@ -123,23 +126,21 @@ def _fresh(metrics: dict, evaluation: dict, at: int, n: int, axis: int) -> Histo
     return History(told, seen.evaluations, np.full(len(seen.at), at, np.int64))
 
 
-def _concatenate(a: History, b: History, axis: int) -> History:
-    def join(x: dict, y: dict) -> dict:
-        if not x:
-            return y
-        return {k: np.concatenate([x[k], y[k]], axis=axis) for k in y}
+def _joined(pieces: list[History], axis: int) -> History:
+    def join(columns: list[dict]) -> dict:
+        told = [c for c in columns if c]
+        names = told[0] if told else {}
+        return {k: np.concatenate([c[k] for c in told], axis=axis) for k in names}
 
     return History(
-        join(a.rounds, b.rounds),
-        join(a.evaluations, b.evaluations),
-        np.concatenate([a.at, b.at]),
+        join([p.rounds for p in pieces]),
+        join([p.evaluations for p in pieces]),
+        np.concatenate([p.at for p in pieces]),
     )
 
 
-def _check_faults(
-    fresh: History, done: int, o: Options, state: base.State, history: History
-) -> None:
-    """Raises for the first non-finite message or impossible cohort of a segment."""
+def _fault(fresh: History, done: int, o: Options) -> str:
+    """The first non-finite message or impossible cohort of a segment, or ""."""
     kinds = {
         "fault": "is listed twice in the cohort, or is not in the population: draw "
         "distinct ids from 0 to N − 1",
@@ -156,6 +157,5 @@ def _check_faults(
         t = done - flags.shape[int(o.seeded)] + int(where[-2])
         client = int(fresh.rounds[name.replace(kind, "client")][where])
         seed = f" (seed {int(where[0])})" if o.seeded else ""
-        raise FaultError(
-            f"Round {t}{seed}: client {client} {kinds[kind]}.", state, history
-        )
+        return f"Round {t}{seed}: client {client} {kinds[kind]}."
+    return ""

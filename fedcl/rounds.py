@@ -129,9 +129,7 @@ def run(
       CheckpointError: for a checkpoint that does not belong to this run.
       Interrupted: after Ctrl-C, when everything is saved.
     """
-    if nonfinite not in ("raise", "drop"):
-        raise ValueError(f'nonfinite is {nonfinite!r}; it must be "raise" or "drop".')
-    _check_rounds(rounds, every)
+    _check_options(rounds, every, nonfinite)
     every = min(every or max(1, rounds // 10), rounds)
     seeded = key.ndim == 1
     _check_population(state, stream, seeded)
@@ -144,7 +142,7 @@ def run(
     state = jax.tree.map(jnp.copy, state)
     begin = lambda s: phases.start(parts, s)
     state = (jax.vmap(begin) if seeded else begin)(state)
-    evaluate = evaluate if evaluate is None or _is_tree(evaluate) else Partial(evaluate)
+    evaluate = _as_tree(evaluate)
     whole = rounds % every == 0
 
     def segment(state, start, stop):
@@ -166,15 +164,19 @@ def run(
     return drive(segment, first, state, key, options)
 
 
-def _is_tree(fn: Callable) -> bool:
-    return not jax.tree_util.all_leaves([fn])
+def _as_tree(evaluate: Callable | None) -> Callable | None:
+    """A plain function as a pytree without leaves, so that it can be an argument."""
+    plain = evaluate is not None and jax.tree_util.all_leaves([evaluate])
+    return Partial(evaluate) if plain else evaluate
 
 
-def _check_rounds(rounds: int, every: int | None) -> None:
+def _check_options(rounds: int, every: int | None, nonfinite: str) -> None:
     if rounds < 1 or (every is not None and every < 1):
         raise ValueError(
             f"rounds is {rounds} and every {every}; both must be 1 or more."
         )
+    if nonfinite not in ("raise", "drop"):
+        raise ValueError(f'nonfinite is {nonfinite!r}; it must be "raise" or "drop".')
 
 
 def _check_population(state: base.State, stream: Any, seeded: bool) -> None:
@@ -310,14 +312,14 @@ def loop(
     Returns:
       The final state and the history.
     """
-    _check_rounds(rounds, every)
+    _check_options(rounds, every, nonfinite)
     _check_population(state, stream, False)
     every = min(every or max(1, rounds // 10), rounds)
     sampler = cohort or cohorts.everyone()
     _engine.check_mesh(mesh, stream.num_clients, sampler.shards)
     one_round = jax.jit(round_fn(algorithm, schedule=schedule, mesh=mesh))
     plan = jax.jit(partial(_plan, sampler))
-    evaluate = evaluate if evaluate is None or _is_tree(evaluate) else Partial(evaluate)
+    evaluate = _as_tree(evaluate)
 
     def visits(t: int) -> tuple[base.Visit, cohorts.Cohort]:
         who, index, visit = plan(stream.stream, key, jnp.int32(t))
