@@ -196,8 +196,9 @@ def _one_seed(convention: str, A, per_client, where, seen, chance):
     }
 
 
-def _over_seeds(values: np.ndarray) -> dict[str, float]:
-    return {"mean": float(values.mean()), "std": float(values.std())}
+def _over_seeds(values: np.ndarray) -> dict[str, Any]:
+    each = values.tolist()
+    return {"mean": float(values.mean()), "std": float(values.std()), "each": each}
 
 
 def matrix(history: dict[str, np.ndarray], arm: str) -> np.ndarray:

@@ -50,16 +50,27 @@ def test_runs_go_on_where_they_were(run, monkeypatch, tmp_path):
     columns = streams.digits()
     file = tmp_path / "digits.npz"
     importlib.import_module("numpy").savez(file, **columns)
-    assert [*run.pending("tiny", range(2), ["replay"])] == [
-        ("replay", 0),
-        ("replay", 1),
-    ]
-    row = run.run_one("tiny", "replay", 1, {"x": str(file)})
-    run.append("tiny", row)
-    assert [*run.pending("tiny", range(2), ["replay"])] == [("replay", 0)]
+    assert [*run.pending("tiny", range(2), ["replay"])] == [("replay", [0, 1])]
+    row, other = run.run_one("tiny", "replay", [0, 1], {"x": str(file)})
+    assert other["seed"] == 1 and row["average"] != other["average"]
+    run.append("tiny", other)
+    assert [*run.pending("tiny", range(2), ["replay"])] == [("replay", [0])]
     (kept,) = run.rows("tiny")
     assert list(kept) == list(run.COLUMNS)
     assert 0 <= float(kept["average"]) <= 1 and kept["seed"] == "1"
+
+
+def test_one_seed_has_its_own_data(run):
+    table = run.table_of("vandeven_domain")
+    assert [*run.pending("vandeven_domain", range(20, 22), ["er"])] == [
+        ("er", [20]),
+        ("er", [21]),
+    ]
+    first, other = (run.overrides([s], None, table) for s in (0, 3))
+    assert "stream.seed=3" in other and not any("order" in o for o in first)
+    (order,) = (o for o in other if o.startswith("stream.order="))
+    given = experiment.load(str(FOLDER / "experiments/vandeven_domain.toml"), [order])
+    assert sorted(given.stream.order) == [*range(10)] != given.stream.order
 
 
 def test_verdicts(tables):

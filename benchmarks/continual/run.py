@@ -8,7 +8,9 @@ so that a run that was stopped goes on where it was. A run that diverges is told
 out. DIR holds the four IDX files of
 MNIST (or of Fashion-MNIST, `--data fashion_mnist=DIR`); without it the same experiment
 reads the set of that name from TensorFlow Datasets. The seed changes everything that is
-drawn: data partition, permutations, rotations, initialisation and batches.
+drawn: data partition, order of the classes, permutations, rotations, initialisation and
+batches. An experiment whose file lists several seeds runs them side by side in one program
+instead, on one partition.
 """
 
 import argparse
@@ -18,6 +20,8 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
 
 HERE = Path(__file__).parent
 COLUMNS = (
@@ -57,48 +61,75 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def overrides(seed: int, directory: str | None, table: dict) -> list[str]:
-    """What turns the file into the run of one seed."""
-    changed = [f"seeds=[{seed}]", f"stream.seed={seed}", f"data.seed={seed}"]
-    kind = table["stream"].get("domains", {}).get("kind")
-    if kind in ("permutations", "rotations"):
-        changed.append(f"stream.domains.seed={seed}")
+def table_of(name: str) -> dict:
+    """The experiment file."""
+    import tomllib
+
+    return tomllib.loads((HERE / "experiments" / f"{name}.toml").read_text())
+
+
+def overrides(seeds: list[int], directory: str | None, table: dict) -> list[str]:
+    """What turns the file into the run of these seeds."""
+    changed = [f"seeds={seeds}"]
+    if not together(table):
+        changed += drawn(seeds[0], table)
     if directory is None:
         return [*changed, "data.source='tfds'"]
     return [*changed, f"data.path='{directory}'"]
 
 
-def pending(name: str, seeds: range, only: list[str]) -> Iterator[tuple[str, int]]:
+def together(table: dict) -> bool:
+    """Whether the seeds share their data and run in one program."""
+    return len(table["seeds"]) > 1
+
+
+def drawn(seed: int, table: dict) -> list[str]:
+    """The data of one seed."""
+    changed = [f"stream.seed={seed}", f"data.seed={seed}"]
+    if table["stream"].get("domains", {}).get("kind") in ("permutations", "rotations"):
+        changed.append(f"stream.domains.seed={seed}")
+    if seed and table["name"].startswith("vandeven"):
+        # As the authors' data/load.py, where seed 0 alone keeps the classes in order.
+        order = np.random.default_rng(seed).permutation(table["data"]["classes"])
+        changed.append(f"stream.order={order.tolist()}")
+    return changed
+
+
+def pending(
+    name: str, seeds: range, only: list[str]
+) -> Iterator[tuple[str, list[int]]]:
     """The arms and seeds that have not been run, all arms of a seed before the next."""
-    import tomllib
-
-    table = tomllib.loads((HERE / "experiments" / f"{name}.toml").read_text())
+    table = table_of(name)
     done = {(row["arm"], int(row["seed"])) for row in rows(name)}
-    for seed in seeds:
+    for group in [[*seeds]] if together(table) else [[s] for s in seeds]:
         for arm in table["arms"]:
-            if (arm, seed) not in done and (not only or arm in only):
-                yield arm, seed
+            missing = [s for s in group if (arm, s) not in done]
+            if missing and (not only or arm in only):
+                yield arm, missing
 
 
-def run_one(name: str, arm: str, seed: int, data: dict[str, str]) -> dict[str, object]:
-    """One line of results."""
-    import tomllib
-
+def run_one(
+    name: str, arm: str, seeds: list[int], data: dict[str, str]
+) -> list[dict[str, object]]:
+    """One line of results for each seed."""
     from fedcl import experiment
 
-    file = HERE / "experiments" / f"{name}.toml"
-    table = tomllib.loads(file.read_text())
-    given = overrides(seed, data.get(table["data"]["path"]), table)
-    whole = experiment.load(str(file), given)
+    table = table_of(name)
+    given = overrides(seeds, data.get(table["data"]["path"]), table)
+    whole = experiment.load(str(HERE / "experiments" / f"{name}.toml"), given)
     one = whole.model_copy(update={"arms": {arm: whole.arms[arm]}})
     start = time.perf_counter()
     found = experiment.run(one).summary["arms"][arm]
-    values = {k: f"{found[k]['mean']:.6g}" for k in COLUMNS if k in found}
-    if whole.evaluation.every > whole.stream.rounds_per_context:
-        values |= dict.fromkeys(OF_CONTEXTS, "")  # Contexts ended unseen.
-    seconds = f"{time.perf_counter() - start:.1f}"
-    today = datetime.date.today().isoformat()
-    return {**values, "arm": arm, "seed": seed, "seconds": seconds, "date": today}
+    seconds = f"{(time.perf_counter() - start) / len(seeds):.1f}"
+    unseen = whole.evaluation.every > whole.stream.rounds_per_context
+    skipped = OF_CONTEXTS if unseen else ()  # Contexts ended without an evaluation.
+    known = [k for k in COLUMNS if k in found and k not in skipped]
+    fixed = {"arm": arm, "date": datetime.date.today().isoformat()}
+    return [
+        {k: f"{found[k]['each'][i]:.6g}" for k in known}
+        | {**fixed, "seed": seed, "seconds": seconds}
+        for i, seed in enumerate(seeds)
+    ]
 
 
 def append(name: str, row: dict[str, object]) -> None:
@@ -128,17 +159,17 @@ def main() -> None:
 
     data = dict(pair.split("=", 1) for pair in given.data)
     for name in given.names or experiments():
-        for arm, seed in pending(name, range(given.seeds), given.arms):
+        for arm, seeds in pending(name, range(given.seeds), given.arms):
             try:
-                row = run_one(name, arm, seed, data)
+                found = run_one(name, arm, seeds, data)
             except rounds.FaultError as error:
-                print(f"{name} {arm} seed {seed} diverged: {error}", flush=True)
+                print(f"{name} {arm} seeds {seeds} diverged: {error}", flush=True)
                 continue
-            append(name, row)
-            print(
-                f"{name} {arm} seed {seed}: {row['average']} in {row['seconds']} s",
-                flush=True,
-            )
+            for row in found:
+                append(name, row)
+                print(
+                    name, arm, row["seed"], row["average"], row["seconds"], flush=True
+                )
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def main() -> None:
         for _ in range(given.repeats):
             for name, (python, script) in peers.items():
                 runs[name].append(one(python, script, work, given.data))
+                print(work, name, runs[name][-1], file=sys.stderr, flush=True)
             rates.append(matmul_rate())
         median = lambda name, key: statistics.median(r[key] for r in runs[name])  # noqa: B023
         for name in peers:
