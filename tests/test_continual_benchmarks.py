@@ -34,7 +34,7 @@ def test_published_values_belong_to_arms(run):
     for row in run.read(FOLDER / "published.csv"):
         file = FOLDER / "experiments" / f"{row['experiment']}.toml"
         assert row["arm"] in experiment.load(str(file)).arms, row
-        assert row["status"] in ("verified", "recalled")
+        assert row["status"] in ("verified", "mean", "recalled")
 
 
 def test_runs_go_on_where_they_were(run, monkeypatch, tmp_path):
