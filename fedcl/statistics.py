@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from fedcl import base, losses, tree
+from fedcl._row_gradients import powers
 
 PyTree = Any
 
@@ -78,29 +79,20 @@ def one_by_one(batch: base.Batch) -> base.Batch:
     return {**rows, "mask": jnp.ones_like(rows["mask"])}
 
 
-def per_row(fn: Callable[[base.Batch, jax.Array], PyTree]) -> Callable:
-    """`(batch, key) -> Σ_rows mask·fn(row, key)`, by vmap over the rows."""
+def _sum_statistic(total: Callable) -> Statistic:
+    """The mean over rows, from `total(params, rows, weight, loss_fn, keys)`, their sum.
 
-    def total(batch: base.Batch, key: jax.Array) -> PyTree:
-        keys = jax.random.split(key, batch["mask"].shape[0])
-        values = jax.vmap(fn)(one_by_one(batch), keys)
-        return jax.tree.map(
-            lambda v: jnp.einsum("b,b...->...", batch["mask"], v), values
-        )
-
-    return total
-
-
-def _sum_statistic(row_fn: Callable) -> Statistic:
-    """The mean over rows of `row_fn(params, row, loss_fn, key)`, a tree like φ."""
+    `rows` are batches of one, [B, 1, ...], and `weight` is their mask.
+    """
 
     def init(params, example):
         return Sum(tree.zeros_like(params), jnp.float32(0))
 
     def accumulate(value, params, batch, loss_fn, key):
-        fn = lambda row, k: row_fn(params, row, loss_fn, k)
-        total = tree.add(value.total, per_row(fn)(batch, key))
-        return Sum(total, value.rows + jnp.sum(batch["mask"]))
+        mask = batch["mask"]
+        keys = jax.random.split(key, mask.shape[0])
+        added = total(params, one_by_one(batch), mask, loss_fn, keys)
+        return Sum(tree.add(value.total, added), value.rows + jnp.sum(mask))
 
     return Statistic(init, accumulate, tree.add, mean)
 
@@ -148,38 +140,44 @@ def fisher(kind: str = "exact") -> Statistic:
     return _sum_statistic(_ROW_FISHERS[kind])
 
 
-def _log_probability(params, row, loss_fn, key, y):
+def _log_probabilities(params, row, loss_fn, key):
     logits = losses.logits_of(loss_fn(params, row, key)[1])
-    return jax.nn.log_softmax(logits.reshape(logits.shape[-1]))[y]
+    return jax.nn.log_softmax(logits.reshape(logits.shape[-1]))
 
 
-def _exact_row(params, row, loss_fn, key):
-    logits = losses.logits_of(loss_fn(params, row, key)[1])
-    p = jax.nn.softmax(logits.reshape(logits.shape[-1]))
-    score = lambda y: jax.grad(_log_probability)(params, row, loss_fn, key, y)
+def _exact(params, rows, weight, loss_fn, keys):
+    told = lambda p, row, k: _log_probabilities(p, row, loss_fn, k)
+    probability = jnp.exp(jax.vmap(told, (None, 0, 0))(params, rows, keys))
 
-    # Scanned over classes: one gradient in memory at a time, not Y.
+    # Scanned over classes: the gradients of one class in memory at a time.
     def add(total, y):
-        return jax.tree.map(lambda t, g: t + p[y] * g**2, total, score(y)), None
+        score = lambda row, k: jax.grad(lambda p: told(p, row, k)[y])(params)
+        w = weight * probability[:, y]
+        return tree.add(total, powers(score, (rows, keys), w, 2)), None
 
-    return jax.lax.scan(add, tree.zeros_like(params), jnp.arange(p.shape[0]))[0]
-
-
-def _sampled_row(params, row, loss_fn, key):
-    k_loss, k_draw = jax.random.split(key)
-    logits = losses.logits_of(loss_fn(params, row, k_loss)[1])
-    y = jax.random.categorical(k_draw, logits.reshape(logits.shape[-1]))
-    return tree.square(jax.grad(_log_probability)(params, row, loss_fn, k_loss, y))
+    classes = jnp.arange(probability.shape[1])
+    return jax.lax.scan(add, tree.zeros_like(params), classes)[0]
 
 
-def _empirical_row(params, row, loss_fn, key):
-    return tree.square(jax.grad(lambda p: loss_fn(p, row, key)[0])(params))
+def _sampled(params, rows, weight, loss_fn, keys):
+    def score(row, key):
+        k_loss, k_draw = jax.random.split(key)
+        told = lambda p: _log_probabilities(p, row, loss_fn, k_loss)
+        y = jax.random.categorical(k_draw, told(params))
+        return jax.grad(lambda p: told(p)[y])(params)
+
+    return powers(score, (rows, keys), weight, 2)
+
+
+def _empirical(params, rows, weight, loss_fn, keys):
+    score = lambda row, key: jax.grad(lambda p: loss_fn(p, row, key)[0])(params)
+    return powers(score, (rows, keys), weight, 2)
 
 
 _ROW_FISHERS: dict[str, Callable] = {
-    "exact": _exact_row,
-    "sampled": _sampled_row,
-    "empirical": _empirical_row,
+    "exact": _exact,
+    "sampled": _sampled,
+    "empirical": _empirical,
 }
 
 
@@ -207,11 +205,13 @@ def sensitivity() -> Statistic:
     Aljundi et al., 2018, https://arxiv.org/abs/1711.09601
     """
 
-    def row_fn(params, row, loss_fn, key):
-        norm = lambda p: jnp.sum(jnp.square(losses.logits_of(loss_fn(p, row, key)[1])))
-        return jax.tree.map(jnp.abs, jax.grad(norm)(params))
+    def total(params, rows, weight, loss_fn, keys):
+        logits = lambda p, row, key: losses.logits_of(loss_fn(p, row, key)[1])
+        norm = lambda p, *given: jnp.sum(jnp.square(logits(p, *given)))
+        score = lambda *given: jax.grad(norm)(params, *given)
+        return powers(score, (rows, keys), weight, 1)
 
-    return _sum_statistic(row_fn)
+    return _sum_statistic(total)
 
 
 class Moments(NamedTuple):
