@@ -8,6 +8,8 @@ from pathlib import Path
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ.setdefault("XLA_FLAGS", FLAGS)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Not the user's own; also of the processes that tests start.
+os.environ.setdefault("FEDCL_CACHE", str(Path(__file__).parent / ".xla" / "fedcl"))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -39,7 +39,8 @@ def personal(algorithm: base.Algorithm, where: Callable[[str], bool]) -> base.Al
       An `Algorithm`. Its server keeps the personal leaves of `init`; what a client has
       is `own_params(state, client)`. With nothing personal it is the algorithm itself.
 
-    Cost: N times the personal leaves in memory; less to send.
+    Cost: N times the personal leaves in memory; less to send. A cohort is added up
+    chunk by chunk wherever that of the algorithm is.
 
     >>> from fedcl.algorithms import fedavg
     >>> import jax.numpy as jnp
@@ -71,19 +72,27 @@ def personal(algorithm: base.Algorithm, where: Callable[[str], bool]) -> base.Al
         shared = _pick(message.delta, lambda path: not where(path))
         return message._replace(delta=shared), inner._replace(kept=kept), metrics
 
-    def aggregate(server, messages):
+    def filled(server, messages):
         c = messages.weight.shape[0]
         still = tree.stack(tree.zeros_like(_pick(server.params, where)), c)
-        whole = tree.merge(messages.delta, still)
-        return algorithm.aggregate(server, messages._replace(delta=whole))
+        return messages._replace(delta=tree.merge(messages.delta, still))
+
+    def aggregate(server, messages):
+        return how(server, filled(server, messages))
+
+    def part(server, messages):
+        return how.part(server, filled(server, messages))
 
     def review(server, client, visit):
         assert algorithm.review is not None
         new = algorithm.review(*opened(server, client), visit)
         return new._replace(kept=Own(client.kept.params, new.kept))
 
+    how: Any = algorithm.aggregate
     passes = algorithm.review is not None
-    return base.Algorithm(init, client_update, aggregate, review if passes else None)
+    adds_up = isinstance(how, base.Folding)
+    whole: Any = base.Folding(aggregate, part, how.finish) if adds_up else aggregate
+    return base.Algorithm(init, client_update, whole, review if passes else None)
 
 
 def fedsa_lora(algorithm: base.Algorithm) -> base.Algorithm:

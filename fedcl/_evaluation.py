@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.tree_util import Partial
 
-from fedcl import base, phases
+from fedcl import _once, base, phases
 
 PyTree = Any
 Evaluate = Callable[[base.State], PyTree]
@@ -61,11 +61,12 @@ def viewed(
     if evaluate is None:
         return serve
     whole = jax.eval_shape(serve, state)
-    lighter = _without(_reads(evaluate, whole, seeded))
+    lighter = _without(_reads(seeded, evaluate, whole))
     return lambda s: lighter(serve(s))
 
 
-def _reads(evaluate: Evaluate, state: base.State, seeded: bool) -> base.State:
+@_once.per_shapes
+def _reads(seeded: bool, evaluate: Evaluate, state: base.State) -> base.State:
     """True for the leaves that an evaluation reads; for all, if it asks for shapes."""
     leaves = jax.tree.leaves(state)
     shape: Any = jax.tree.structure(state)

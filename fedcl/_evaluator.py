@@ -1,11 +1,7 @@
-"""Accuracies and losses of a federation on the device, and what it sends.
-
-See `fedcl.metrics`.
-"""
+"""Accuracies and losses of a federation on the device, see `fedcl.metrics`."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,41 +9,6 @@ from jax.tree_util import Partial
 from jax.typing import ArrayLike
 
 from fedcl import base, losses, tree
-
-
-class Communication(NamedTuple):
-    """Bytes of one client's part in a round, from static shapes."""
-
-    up: int  # The message: Δφ, its weight, what the method tells.
-    down: int  # φ and what the method shares.
-    once: int  # θ, which is sent when a client joins.
-
-
-def communication(
-    algorithm: base.Algorithm, state: base.State, stream: base.StreamLike
-) -> Communication:
-    """Bytes that travel per client and round, without running anything.
-
-    Args:
-      algorithm: the algorithm.
-      state: one federation, arrays or `jax.ShapeDtypeStruct`s.
-      stream: for the shapes of a visit.
-
-    Returns:
-      Bytes as stored, without compression.
-    """
-
-    def message(server, clients, stream):
-        zero, key = jnp.int32(0), jax.random.key(0)
-        batches = stream.sample(key, zero, zero)
-        visit = base.Visit(batches, zero, zero, zero, key)
-        client = jax.tree.map(lambda x: x[0], clients)
-        return algorithm.client_update(server, client, visit)[0]
-
-    server = state.server
-    sent = jax.eval_shape(message, server, state.clients, stream)
-    down = (server.params, server.shared, server.client_opt)
-    return Communication(tree.size(sent), tree.size(down), tree.size(server.frozen))
 
 
 def evaluator(

@@ -11,10 +11,11 @@ import optax
 
 from fedcl import _experiment_methods as _methods
 from fedcl import _experiment_study as _study
-from fedcl import aggregation, base, cohorts, losses, metrics, phases, tree
+from fedcl import aggregation, base, cohorts, losses, metrics, oracle, phases
 from fedcl import chain as chained
 from fedcl._experiment_checks import outputs_of
-from fedcl._experiment_config import Arm, Client, Experiment
+from fedcl._experiment_config import Arm, Client, Experiment, Tuned
+from fedcl._experiment_tuned import adapted as adapted
 
 PyTree = Any
 INIT, RUN, PUBLIC, ADAPTER = range(4)  # What each seed's key is folded with.
@@ -280,7 +281,7 @@ def model(e: Experiment, rows: Table) -> Any:
     from fedcl import _experiment_encoder as _encoder
     from fedcl import models
 
-    options = e.model.model_dump(exclude={"kind", "train", "rank", "alpha"})
+    options = e.model.model_dump(exclude={"kind", *Tuned.model_fields})
     outputs = outputs_of(e) or 0
     if e.model.kind == "encoder":
         return _encoder.model(e, outputs)
@@ -301,30 +302,6 @@ def dimension(made: Any, rows: Table) -> int:
     return jax.eval_shape(made.outputs, params, x).features.shape[1]
 
 
-def adapted(e: Experiment, made: Any, params: PyTree, keys: jax.Array) -> Any:
-    """The model and its parameters [S, ...], split into φ and θ.
-
-    Returns:
-      (model, φ, θ or None).
-    """
-    from fedcl import models
-
-    given: Any = e.model  # Of the kinds that say what is trained.
-    if given.train == "full":
-        return made, params, None
-    if given.train == "head":
-        return made, *tree.partition(params, models.head_only)
-    inner = lambda path: path.split("/")[0] in ("blocks", "layers")
-    put = lambda p, k: models.lora(
-        made, p, rank=given.rank, alpha=given.alpha, where=inner, key=k
-    )
-    first = jax.tree.map(lambda x: x[0], params)
-    made = put(first, keys[0])[0]
-    params = jax.jit(jax.vmap(lambda p, k: put(p, k)[1]))(params, keys)
-    both = models.any_of(models.lora_only, models.head_only)
-    return made, *tree.partition(params, both)
-
-
 def optimizer(c: Client) -> optax.GradientTransformation:
     """The clients' optimiser."""
     from fedcl import algorithms
@@ -339,16 +316,42 @@ def optimizer(c: Client) -> optax.GradientTransformation:
     return optax.chain(*before, steps[c.optimizer](), *after)
 
 
+def algorithm(
+    e: Experiment,
+    arm: Arm,
+    loss_fn: base.LossFn,
+    optimizer: optax.GradientTransformation,
+    dimension: int,
+) -> base.Algorithm:
+    """The arm's algorithm: federated averaging with its methods, or one of its own."""
+    from fedcl import algorithms
+
+    if arm.algorithm is not None:
+        filled = {"loss_fn": loss_fn, "oracle": oracle.black_box(loss_fn)}
+        return _methods.made(arm.algorithm, _methods.algorithms(), **filled)
+    averaged = algorithms.fedavg(
+        loss_fn,
+        optimizer,
+        server=server(e, arm),
+        transform=transform(arm, dimension),
+        opt_policy=(arm.client or e.federation.client).policy,
+    )
+    if arm.personal is None:
+        return averaged
+    return algorithms.personal(averaged, _methods.predicate(arm.personal))
+
+
 def transform(arm: Arm, dimension: int) -> base.ClientTransform | None:
     """The arm's methods, chained."""
     from fedcl import algorithms
 
     known = _methods.methods()
-    made = [_made(link, known, dimension) for link in arm.chain]
+    made = [_methods.made(link, known, dimension=dimension) for link in arm.chain]
     method = made[0] if len(made) == 1 else chained(*made) if made else None
     if method is None or arm.detector is None:
         return method
-    detector = _made(arm.detector, _methods.detectors(), dimension)
+    known = _methods.detectors()
+    detector = _methods.made(arm.detector, known, dimension=dimension)
     return algorithms.task_free(method, detector)
 
 
@@ -369,21 +372,14 @@ def others(
 ) -> list[phases.Phase]:
     """Phases beside the federated one."""
     known = _methods.makers()
-    made = [_made(link, known, dimension) for link in links]
+    made = [_methods.made(link, known, dimension=dimension) for link in links]
     return [m if isinstance(m, phases.Phase) else m(loss_fn) for m in made]
-
-
-def _made(link: dict[str, Any], known: dict[str, Callable], dimension: int) -> Any:
-    build = known[link["method"]]
-    given = {"dimension": dimension} if _methods.needs(build, "dimension") else {}
-    return build(**given, **{k: v for k, v in link.items() if k != "method"})
 
 
 def server(e: Experiment, arm: Arm) -> aggregation.Server:
     """The server chain of an arm."""
     given = arm.server or e.federation.server
-    options = {k: v for k, v in given.items() if k != "method"}
-    stage = _methods.servers()[given["method"]](**options)
+    stage = _methods.made(given, _methods.servers())
     clip = e.federation.clip
     before = [] if clip is None else [_clipped(clip)]
     after = [] if isinstance(stage, aggregation.Server) else [optax.sgd(1.0)]

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import jax
 
+from fedcl import _experiment_engine as _engine
 from fedcl import _experiment_methods as _methods
 from fedcl import _experiment_study as _study
 from fedcl import reservoir
@@ -23,6 +24,9 @@ from fedcl._experiment_config import (
 )
 
 DIGITS = (8, 8, 1)
+BLOCKS = ("prompt", "dual_adapters")  # What beside a network needs a transformer.
+# What an algorithm of its own has no place for.
+AVERAGED = ("chain", "detector", "review_every", "personal", "server", "client", "lorm")
 PAIRS = {"bic": "bic_correction", "ewc_shared": "shared_fisher"}
 MNIST_360 = {  # What kind = "mnist_360" fixes.
     "contexts": 27,
@@ -81,6 +85,7 @@ def problems(e: Experiment) -> Iterator[str]:
     yield from _stream(e)
     yield from _model(e)
     yield from _federation(e)
+    yield from _engine.problems(e)
     for name, arm in e.arms.items():
         yield from _arm(e, f"arms.{name}", arm)
     if len(set(e.seeds)) < len(e.seeds):
@@ -252,7 +257,14 @@ def _model(e: Experiment) -> Iterator[str]:
         yield f"model.heads: given {m.heads}; it must divide width, {m.width}"
     if isinstance(m, Pretrained) and (m.path is None) == (m.package is None):
         yield "model: give path, or the package that carries the file, and not both"
-    if isinstance(m, Decoder | Pretrained) or m.train != "lora":
+    if isinstance(m, Decoder | Pretrained):
+        return
+    if m.train in BLOCKS and isinstance(m, Mlp | Convnet):
+        yield (
+            f"model.train: given {m.train!r}; only transformers have it. Allowed for "
+            f"{m.kind!r}: 'full', 'head', 'lora' (mlp)"
+        )
+    if m.train != "lora":
         return
     if isinstance(m, Convnet):
         yield "model.train: given 'lora'; a convnet has none. Allowed: 'full', 'head'"
@@ -286,6 +298,17 @@ def _arm(e: Experiment, key: str, arm: Arm) -> Iterator[str]:
         yield (
             f"{key}: the method feddyn and the server feddyn_server belong together; "
             f"given chain {names} and server {server!r}"
+        )
+    for other in AVERAGED if arm.algorithm else ():
+        if getattr(arm, other):
+            yield (
+                f"{key}.{other}: given beside {key}.algorithm, which takes the place of "
+                "federated averaging and all that belongs to it"
+            )
+    if "feddat" in names and arm.personal is None:
+        yield (
+            f"{key}.personal: missing; the own adapters of feddat stay on their clients: "
+            'personal = "own_adapter", and model.train = "dual_adapters"'
         )
     mixes = arm.joint is None or (e.stream.kind == "mnist_360" and arm.joint == "all")
     if e.stream.draw == "order" and not mixes:

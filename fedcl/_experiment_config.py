@@ -18,6 +18,8 @@ Server = Annotated[dict[str, Any], AfterValidator(_methods.resolve_server)]
 Detector = Annotated[dict[str, Any], AfterValidator(_methods.resolve_detector)]
 Maker = Annotated[dict[str, Any], AfterValidator(_methods.resolve_phase)]
 Switch = Annotated[dict[str, Any], AfterValidator(_methods.resolve_switch)]
+Algorithm = Annotated[dict[str, Any], AfterValidator(_methods.resolve_algorithm)]
+Paths = Annotated[str, AfterValidator(_methods.resolve_predicate)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -227,9 +229,11 @@ class Stream(Section):
 class Tuned(Section):
     """What is trained in the federated phase."""
 
-    train: Literal["full", "lora", "head"] = "full"
+    train: Literal["full", "head", "lora", "prompt", "dual_adapters"] = "full"
     rank: Count = 4  # lora
     alpha: Positive = 8.0  # lora
+    prompt: Count = 4  # prompt: vectors before the tokens
+    adapter: Count = 8  # dual_adapters: width of each
 
 
 class Mlp(Tuned):
@@ -267,7 +271,8 @@ class Encoder(Tuned):
 class Peft(Section):
     """What is trained beside a frozen base."""
 
-    method: Literal["lora"] = "lora"
+    method: Literal["lora", "prompt"] = "lora"
+    length: Count = 8  # prompt: vectors before the tokens.
     rank: Count = 8
     alpha: Positive = 16.0
     targets: list[str] = Field(default_factory=lambda: ["q", "v"])  # Last of the path.
@@ -312,6 +317,10 @@ class Client(Section):
     clip: Positive | None = None  # Each component of the gradient, to ±clip.
     backbone: Positive | None = None  # Rate of all but the head, by the head's.
     policy: Literal["reset", "keep", "average"] = "reset"
+    # How the local steps are computed, see `fedcl.compute`.
+    precision: Literal["float32", "bfloat16"] = "float32"  # Of the model's products.
+    accumulate: Count = 1  # Parts of a batch, one after another.
+    remat: bool = False  # Activations computed again, not kept.
 
 
 class Federation(Section):
@@ -327,6 +336,7 @@ class Federation(Section):
     server: Server = Field(default_factory=lambda: {"method": "weighted_mean"})
     clip: Positive | None = None  # Norm to which each client's update is clipped.
     schedule: Literal["vmap", "scan", "auto"] | Count = "vmap"
+    store: str | None = None  # A folder for the clients' states; None: on the device.
     nonfinite: Literal["raise", "drop"] = "raise"
 
 
@@ -334,6 +344,8 @@ class Arm(Section):
     """One line of the comparison: methods, chained."""
 
     chain: list[Method] = Field(default_factory=list)
+    algorithm: Algorithm | None = None  # Instead of federated averaging with a chain.
+    personal: Paths | None = None  # What of φ stays on its client.
     detector: Detector | None = None  # Boundaries from the data, not the stream.
     review_every: NonNegativeInt = 0  # Rounds; 0: when a client's context ends.
     before: list[Maker] = Field(default_factory=list)  # Phases before the federated.

@@ -1,13 +1,15 @@
 """Methods by name, for experiment files: found in fedcl's own namespaces."""
 
 import difflib
+import fnmatch
 import inspect
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 REDUCTIONS = ("weighted_mean", "mean", "median", "trimmed_mean")
-FILLED = ("num_classes", "dimension", "loss_fn")  # The data's and the model's.
+# The data's and the model's.
+FILLED = ("num_classes", "dimension", "loss_fn", "oracle")
 TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -20,7 +22,7 @@ def methods() -> dict[str, Callable[..., Any]]:
     """Client methods: what in `fedcl.algorithms` returns a `ClientTransform`."""
     from fedcl import algorithms, base
 
-    found = _returning(algorithms, (base.ClientTransform,))
+    found = returning(algorithms, base.ClientTransform)
     del found["task_free"]  # Takes a method; an arm's `detector` says it.
     return found
 
@@ -31,21 +33,45 @@ def servers() -> dict[str, Callable[..., Any]]:
 
     kinds = (aggregation.Server, aggregation.Stage)
     reductions = {name: getattr(aggregation, name) for name in REDUCTIONS}
-    return {**reductions, **_returning(algorithms, kinds)}
+    return {**reductions, **returning(algorithms, *kinds)}
+
+
+def algorithms() -> dict[str, Callable[..., Any]]:
+    """What in `fedcl.algorithms` makes an `Algorithm` of the loss alone."""
+    from fedcl import algorithms, base
+
+    found = returning(algorithms, base.Algorithm)
+    others = ("algorithm", "client_opt")  # They wrap one, or take an optimiser.
+    return {k: v for k, v in found.items() if not any(needs(v, key) for key in others)}
+
+
+def predicates() -> dict[str, Callable[[str], bool]]:
+    """What in `fedcl.models` selects parameters by their path."""
+    from fedcl import models
+
+    found = returning(models, bool)
+    return {k: v for k, v in found.items() if "path" in v.__annotations__}
+
+
+def predicate(name: str) -> Callable[[str], bool]:
+    """The predicate of that name, or for a pattern such as "*lora/b" its paths."""
+    if "*" in name:
+        return lambda path: fnmatch.fnmatchcase(path, name)
+    return predicates()[name]
 
 
 def makers() -> dict[str, Callable[..., Any]]:
     """Phases: what returns a `Phase`, or one that waits for the task's loss."""
     from fedcl import algorithms, phases
 
-    return _returning(algorithms, (phases.Maker, phases.Phase))
+    return returning(algorithms, phases.Maker, phases.Phase)
 
 
 def switches() -> dict[str, Callable[..., Any]]:
     """When the server's phase runs: what returns a `Switch`."""
     from fedcl import phases
 
-    found = _returning(phases, (phases.Switch,))
+    found = returning(phases, phases.Switch)
     return {k: v for k, v in found.items() if not k.endswith("_of")}
 
 
@@ -53,24 +79,26 @@ def detectors() -> dict[str, Callable[..., Any]]:
     """What returns a `Detector` of boundaries."""
     from fedcl import algorithms
 
-    return _returning(algorithms, (algorithms.Detector,))
+    return returning(algorithms, algorithms.Detector)
 
 
 def streams() -> dict[str, Callable[..., Any]]:
-    """Builders of streams, shapes of drift, and partitions."""
+    """Builders of streams and what they are built from."""
     from fedcl import streams as s
 
-    return _returning(s, (s.Stream, s.Schedule, s.Partition, s.Domains, s.Packed))
+    shapes = (s.Schedule, s.Partition, s.Domains, s.Grouping)
+    return returning(s, s.Stream, s.Hosted, s.Packed, s.Corpus, s.Tokens, *shapes)
 
 
 def models() -> dict[str, Callable[..., Any]]:
     """What returns a `Model`."""
     from fedcl import models as m
 
-    return _returning(m, (m.Model,))
+    return returning(m, m.Model)
 
 
-def _returning(module: Any, kinds: tuple[Any, ...]) -> dict[str, Callable[..., Any]]:
+def returning(module: Any, *kinds: Any) -> dict[str, Callable[..., Any]]:
+    """The functions of a module that return one of these, by name."""
     return {
         name: value
         for name, value in sorted(vars(module).items())
@@ -93,6 +121,26 @@ def nearest(name: str, allowed: Any) -> str:
 def resolve_method(given: Mapping[str, Any]) -> dict[str, Any]:
     """A client method with all its arguments; see `_resolved`."""
     return _resolved(given, methods(), "method")
+
+
+def resolve_algorithm(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A whole algorithm with all its arguments."""
+    return _resolved(given, algorithms(), "algorithm")
+
+
+def resolve_predicate(name: str) -> str:
+    """The name of a predicate, or a pattern of paths.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    known = predicates()
+    if "*" not in name and name not in known:
+        raise ValueError(
+            f"{name!r} selects no parameters{nearest(name, known)} Give one of "
+            f'{", ".join(known)}, or a pattern of paths such as "*lora/b"'
+        )
+    return name
 
 
 def resolve_server(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,6 +203,8 @@ def _argument(
         if required:
             raise ValueError(f"{name} needs {parameter}; add {key} = ...")
         return {key: parameter.default}
+    if key == "where":
+        return {key: resolve_predicate(str(arguments[key]))}
     value, kinds = arguments[key], _kinds(parameter.annotation)
     wrong = not isinstance(value, kinds) or (
         isinstance(value, bool) and bool not in kinds
@@ -180,3 +230,21 @@ def needs(fn: Callable[..., Any], key: str) -> bool:
     """Whether a factory has an argument without a default."""
     parameter = inspect.signature(fn).parameters.get(key)
     return parameter is not None and parameter.default is inspect.Parameter.empty
+
+
+def made(
+    link: Mapping[str, Any], known: Mapping[str, Callable[..., Any]], **filled: Any
+) -> Any:
+    """What a resolved table names, with what it needs of the data and the model.
+
+    Args:
+      link: "method" and its arguments.
+      known: by name.
+      **filled: arguments that only the experiment knows; those not needed are left out.
+    """
+    build = known[link["method"]]
+    given = {k: v for k, v in filled.items() if needs(build, k)}
+    given |= {k: v for k, v in link.items() if k != "method"}
+    if "where" in given:
+        given["where"] = predicate(given["where"])
+    return build(**given)

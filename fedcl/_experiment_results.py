@@ -35,8 +35,9 @@ MEANING = {
     "worst_decile": "mean of the lowest tenth of the clients' accuracies",
     "client_std": "standard deviation of the clients' accuracies",
     "bytes_kept": "bytes that one client keeps between its visits",
-    "bytes_up": "bytes that all clients sent in the whole run",
-    "bytes_down": "bytes that all clients received in the whole run",
+    "bytes_up": "bytes that all clients sent in the whole run, sums for phases after "
+    "the federated one not counted",
+    "bytes_down": "bytes that all clients received in the whole run, likewise",
     "local_steps": "local steps of all clients in the whole run",
     "rounds": "rounds",
     "public_steps": "steps that the server took on its own rows",

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from fedcl import _experiment_engine as _engine
 from fedcl import _experiment_grid as _grid
 from fedcl import _experiment_results as _results
 from fedcl import _hosts, base, checkpoint, metrics, phases, rounds, tree
@@ -90,6 +91,7 @@ def run(
     resume: bool = False,
     progress: Tell | None = None,
     mesh: Mesh | None = None,
+    memory: str = "refuse",
 ) -> Result:
     """Runs every arm and writes what it found.
 
@@ -106,6 +108,8 @@ def run(
         several processes if all run this. The first writes the results, and all need
         to see `out`. The experiment's federation.shards must be a multiple of its
         clients' parts, so that the result is that of one device.
+      memory: "refuse" tells before each arm what it needs and refuses it if it will
+        not fit, see `fedcl.memory.report`; "report" tells and goes on; or "ignore".
 
     Returns:
       The result, complete even if it could not be written.
@@ -116,17 +120,20 @@ def run(
       Interrupted: after Ctrl-C, when everything is saved.
       ValueError: if the data are not what the experiment says.
       FaultError: if a client sends NaN or Inf, see `federation.nonfinite`.
+      MemoryError: if an arm will not fit.
     """
+    _engine.check(experiment, mesh, memory)
     tell = progress if progress and _hosts.first() else lambda event: None
     _check_mesh(experiment, mesh)
     folder = None if out is None else _folder(Path(out), experiment, resume)
     if experiment.grid:
-        on_mesh = functools.partial(run, mesh=mesh)
+        on_mesh = functools.partial(run, mesh=mesh, memory=memory)
         return _grid.run(experiment, folder, resume, progress, on_mesh)
     setup = prepare(experiment, tell)._replace(mesh=mesh)
     ready = _ready(experiment, setup, tell)
+    told = functools.partial(_engine.tell_memory, memory, tell)
     arms = {
-        name: _arm(experiment, setup, name, ready[name], folder, resume, tell)
+        name: _arm(experiment, setup, name, ready[name], folder, resume, tell, told)
         for name in experiment.arms
     }
     summary, history = _results.collect(experiment, setup, arms)
@@ -247,7 +254,6 @@ class Ready(NamedTuple):
 def _ready(e: "Experiment", setup: Setup, tell: Tell) -> dict[str, Ready]:
     """All arms; those that differ in their stream alone share one program."""
     from fedcl import _experiment_build as _build
-    from fedcl.algorithms import fedavg
 
     made: dict[str, Ready] = {}
     arms: dict[str, Ready] = {}
@@ -258,23 +264,17 @@ def _ready(e: "Experiment", setup: Setup, tell: Tell) -> dict[str, Ready]:
         shared = set() if text else {"joint"}
         key = json.dumps(arm.model_dump(exclude=shared), sort_keys=True)
         if key not in made:
-            client = arm.client or e.federation.client
             begun = _begun(setup, arm)
             own = _own(e, begun, arm)
             loss_fn = own.loss_fn
             algorithm = own.wrap(
-                fedavg(
-                    loss_fn,
-                    own.optimizer,
-                    server=_build.server(e, arm),
-                    transform=_build.transform(arm, width),
-                    opt_policy=client.policy,
-                )
+                _build.algorithm(e, arm, own.steps, own.optimizer, width)
             )
             stream = _build.batched(setup.stream, arm.batch_size)
             if text and arm.joint:
                 stream = _build.mixed(stream, arm.joint, e.stream.seed)
-            example, n = stream.example(), stream.num_clients
+            n = _engine.clients_made(e, algorithm, stream)
+            example = stream.example()
             init = lambda p, f, a=algorithm, x=example, n=n: a.init(p, x, n, frozen=f)
             state = jax.jit(jax.vmap(init))(own.params, own.frozen)
             # One θ for all arms, however large.
@@ -313,6 +313,7 @@ class Own(NamedTuple):
     """What may differ between arms beside their methods."""
 
     loss_fn: base.LossFn
+    steps: base.LossFn  # The same, as the clients' steps compute it.
     params: PyTree
     frozen: PyTree
     evaluate: Callable[[base.State], PyTree]
@@ -323,13 +324,16 @@ class Own(NamedTuple):
 def _own(e: "Experiment", setup: Setup, arm: "Arm") -> Own:
     from fedcl import _experiment_build as _build
 
-    optimizer = _build.optimizer(arm.client or e.federation.client)
+    client = arm.client or e.federation.client
+    optimizer = _build.optimizer(client)
     if setup.metric == "nats":
         from fedcl import _experiment_text as _text
 
         return _text.own(e, setup, arm, optimizer)
     loss_fn = _build.loss(setup.model, arm.loss)
-    return Own(loss_fn, setup.params, setup.frozen, setup.evaluate, optimizer)
+    of = lambda m: _build.loss(m, arm.loss)
+    steps = _engine.local_loss(client, loss_fn, of, setup.model)
+    return Own(loss_fn, steps, setup.params, setup.frozen, setup.evaluate, optimizer)
 
 
 def _arm(
@@ -340,6 +344,7 @@ def _arm(
     folder: Path | None,
     resume: bool,
     tell: Tell,
+    told: Callable,
 ) -> _results.Arm:
     start = time.perf_counter()
     total = ready.stream.num_rounds
@@ -349,37 +354,46 @@ def _arm(
         seen = p.evaluation[_results.COLUMN[setup.metric]][:, setup.seen[p.done]]
         tell(Event("", name, p.done, p.rounds, float(seen.mean()), setup.metric))
 
-    go = _still if e.arms[name].frozen else rounds.run
-    _, history = go(
-        ready.parts,
-        ready.state,
-        ready.stream,
-        key=setup.keys,
-        rounds=total,
-        evaluate=ready.evaluate,
-        every=e.evaluation.every,
-        nonfinite=e.federation.nonfinite,
-        checkpoint=_checkpoints(e, name, e.arms[name], folder),
-        mesh=setup.mesh,
-        resume=resume,
-        progress=report,
-    )
+    options: dict[str, Any] = {
+        "key": setup.keys,
+        "rounds": total,
+        "evaluate": ready.evaluate,
+        "every": e.evaluation.every,
+    }
+    saved = functools.partial(_checkpoints, e, arm=e.arms[name], folder=folder)
+    more: dict[str, Any] = {
+        "nonfinite": e.federation.nonfinite,
+        "resume": resume,
+        "progress": report,
+    }
+    if e.arms[name].frozen:
+        history = _still(ready.state, **options)
+    elif e.federation.store:
+        history = _engine.in_files(e, name, ready, saved, told, **options, **more)
+    else:
+        options |= {"mesh": setup.mesh}
+        more["checkpoint"] = saved(name)
+        if not _engine.finished(more["checkpoint"], resume, total):
+            told(name, (ready.parts, ready.state, ready.stream), options)
+        history = rounds.run(ready.parts, ready.state, ready.stream, **options, **more)[
+            1
+        ]
     one = jax.tree.map(lambda x: x[0], ready.state)
-    sent = metrics.communication(ready.algorithm, one, ready.stream)
+    sent = metrics.communication(ready.algorithm, one, ready.stream, ready.parts)
     kept = tree.size(
         jax.eval_shape(lambda c: tree.gather(c, jnp.int32(0)), one.clients)
     )
     return _results.Arm(history, sent, kept, time.perf_counter() - start)
 
 
-def _still(parts, state, stream, *, key, rounds: int, evaluate, every: int, **_: Any):
+def _still(state, *, key, rounds: int, evaluate, every: int) -> History:
     """The history of a federation in which nobody trains."""
     found = jax.jit(jax.vmap(evaluate))(state)
     at = np.unique(np.append(np.arange(0, rounds, min(every, rounds)), rounds))
     repeated = lambda x: np.repeat(np.asarray(x)[:, None], len(at), axis=1)
     none = np.zeros((len(key), rounds, 1), np.float32)
     told: dict[str, Any] = dict.fromkeys(("loss", "reported", "trained", "steps"), none)
-    return state, History(told, jax.tree.map(repeated, found), at)
+    return History(told, jax.tree.map(repeated, found), at)
 
 
 def _federated(

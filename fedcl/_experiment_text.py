@@ -3,7 +3,8 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,6 +20,7 @@ from fedcl._experiment_config import (
     Decoder,
     Documents,
     Experiment,
+    Peft,
     Pretrained,
     Reader,
     Text,
@@ -265,22 +267,27 @@ def find(m: Pretrained | Reader) -> Path:
 
 def _adapted(e: Experiment, own: Base, keys: jax.Array) -> tuple[Any, Any, Any]:
     """The model and its parameters [S, ...], split into φ and θ."""
-    from fedcl import models
 
     peft = getattr(e.model, "peft", None)
     if peft is None:
         return own.model, own.params, None
-    put = lambda p, k: models.lora(
-        own.model,
-        p,
-        rank=peft.rank,
-        alpha=peft.alpha,
-        where=lambda path: path.split("/")[-1] in peft.targets,
-        key=k,
-    )
+    put, trained = _beside(own.model, peft)
     made = put(_first(own.params), keys[0])[0]
     params = jax.jit(jax.vmap(lambda p, k: put(p, k)[1]))(own.params, keys)
-    return made, *tree.partition(params, models.lora_only)
+    return made, *tree.partition(params, trained)
+
+
+def _beside(model: Any, peft: Peft) -> tuple[Callable[..., Any], Callable[[str], bool]]:
+    """`(params, key) -> (model, params)` with new leaves, and which they are."""
+    from fedcl import models
+
+    if peft.method == "prompt":
+        length = peft.length
+        put = lambda p, k: models.soft_prompt(model, p, length=length, key=k)
+        return put, models.prompts_only
+    where = lambda path: path.split("/")[-1] in peft.targets
+    low = partial(models.lora, rank=peft.rank, alpha=peft.alpha, where=where)
+    return lambda p, k: low(model, p, key=k), models.lora_only
 
 
 def _first(params: Any) -> Any:
@@ -318,6 +325,7 @@ def _both(own: Partial, general: Partial, state: base.State) -> dict[str, jax.Ar
 
 def own(e: Experiment, setup: "Setup", arm: Any, optimizer: Any) -> "Own":
     """What an arm has beside its methods: accumulators, adapters in turn."""
+    from fedcl import _experiment_engine as _engine
     from fedcl import algorithms, models
     from fedcl._experiment_run import Own
 
@@ -333,10 +341,14 @@ def own(e: Experiment, setup: "Setup", arm: Any, optimizer: Any) -> "Own":
         trained, frozen = tree.partition(params, models.lora_only)
         loss_fn = losses.next_token(made.apply)
         evaluate = evaluator(e, setup.table, setup.stream, loss_fn)
+    client = arm.client or e.federation.client
+    next_token = lambda m: losses.next_token(m.apply)
+    steps = _engine.local_loss(client, loss_fn, next_token, made)
+    begun = (loss_fn, steps, trained, frozen, evaluate)
     if not arm.lorm:
-        return Own(loss_fn, trained, frozen, evaluate, optimizer)
+        return Own(*begun, optimizer)
     tapped = models.tapped(made, _first(tree.merge(trained, frozen)))
     grams = losses.next_token(tapped.apply)
     merged = lambda algorithm: algorithms.lorm(algorithm, grams)
     turns = algorithms.rolora(optimizer)
-    return Own(loss_fn, trained, frozen, evaluate, turns, merged)
+    return Own(*begun, turns, merged)

@@ -82,6 +82,17 @@ def anyone(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
+def least(value: float | None) -> int | None:
+    """The smallest number of any process, None being none; to seven figures."""
+    if not several():
+        return None if value is None else int(value)
+    from jax.experimental import multihost_utils
+
+    mine = np.float32(np.inf if value is None else value)
+    found = float(np.min(multihost_utils.process_allgather(mine)))
+    return None if np.isinf(found) else int(found)
+
+
 def check_same(a: PyTree, what: str) -> None:
     """Refuses values that the processes have not made alike.
 

@@ -22,6 +22,15 @@ def folder() -> Path:
     return Path(home) / "fedcl"
 
 
+def programs() -> Path | None:
+    """Where compiled programs are kept, made if absent; None if that cannot be."""
+    place = folder() / "programs"
+    with contextlib.suppress(OSError):
+        place.mkdir(parents=True, exist_ok=True)
+        return place if os.access(place, os.W_OK) else None
+    return None
+
+
 def name(*what: str) -> str:
     """A name for a measurement of a program on this backend, by this JAX."""
     device = jax.local_devices()[0]

@@ -1,5 +1,6 @@
 """Rounds whose clients' states come from a store, see `fedcl.store`."""
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -60,6 +61,7 @@ def draw(data: PyTree, client: jax.Array) -> base.Visit:
     return _engine.visit_of(stream, key, client, t)
 
 
+@functools.lru_cache(maxsize=16)
 def one_round(algorithm, visit: Callable, schedule: _engine.Schedule, n: int):
     """`(server, rows [C, ...], cohort, data, members) -> (server, rows, metrics)`."""
     apply = _engine.cohort_fn(algorithm, visit, schedule, None)
@@ -72,6 +74,26 @@ def one_round(algorithm, visit: Callable, schedule: _engine.Schedule, n: int):
         return state.server, state.clients, told
 
     return jax.jit(step, donate_argnums=(0, 1))
+
+
+def lower(
+    f: Any, state: base.State, stream: Any, key: jax.Array
+) -> tuple[base.State, Any]:
+    """The shapes of what a round has on the device, and what it compiles.
+
+    Args:
+      f: what the federated phase was built from.
+      state: with a store.
+      stream: the stream.
+      key: the run's key.
+    """
+    store: Any = state.clients
+    t = jnp.int32(0)
+    who, own = jax.eval_shape(partial(plan, f.sampler), stream, key, t)
+    here = state._replace(clients=store.shapes(who.client.shape[0]))
+    step = one_round(f.algorithm, draw, f.schedule, stream.num_clients)
+    data = (stream, own, t)
+    return here, step.lower(here.server, here.clients, who, data, who.client)
 
 
 def run(

@@ -4,6 +4,7 @@ What is heavy is imported inside the commands, so that help is quick.
 """
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,16 @@ def run(
     ] = None,
     processes: Annotated[int | None, typer.Option(help="How many there are.")] = None,
     process: Annotated[int | None, typer.Option(help="This one, from 0.")] = None,
+    memory: Annotated[
+        str,
+        typer.Option(
+            metavar="refuse|report|ignore",
+            help="What follows if an arm will not fit; ignore does not ask.",
+        ),
+    ] = "refuse",
+    cache: Annotated[
+        bool, typer.Option(help="Keeps compiled programs for the next run.")
+    ] = True,
     debug: Debug = False,
 ) -> None:
     """Runs an experiment and writes its numbers, pictures and report."""
@@ -79,9 +90,13 @@ def run(
         given = x.load(experiment, set_ or (), preset or ("small" if small else None))
         folder = out or Path("runs") / given.name
         _compile_quickly()
+        kept = _keep_programs(cache)
         mesh = _joined(distributed, coordinator, processes, process)
         with _display() as tell:
-            result = x.run(given, folder, resume=resume, progress=tell, mesh=mesh)
+            if _hosts.first():
+                tell(x.Event(kept))
+            options: dict[str, Any] = {"mesh": mesh, "memory": memory}
+            result = x.run(given, folder, resume=resume, progress=tell, **options)
         if _hosts.several() and not _hosts.first():
             return  # Process 0 speaks.
         for summary in result.summary.get("points", {"": result.summary}).values():
@@ -94,25 +109,14 @@ def run(
 
 @app.command("list")
 def list_() -> None:
-    """Lists experiments, methods, phases, detectors, servers, streams and models."""
+    """Lists experiments, and every name that a file of one takes."""
     from rich.table import Table
 
-    from fedcl import _experiment_methods as _methods
-    from fedcl import experiment
+    from fedcl import _experiment_names as _names
 
-    groups: dict[str, dict[str, Any]] = {
-        "experiments": dict(experiment.shipped()),
-        "methods": _methods.methods(),
-        "phases": _methods.makers(),
-        "detectors": _methods.detectors(),
-        "servers": _methods.servers(),
-        "streams": _methods.streams(),
-        "models": _methods.models(),
-    }
-    for title, found in groups.items():
+    for title, found in _names.groups().items():
         table = Table("name", "what it is", title=title, title_justify="left")
-        for name, value in found.items():
-            text = value if isinstance(value, str) else _methods.summary(value)
+        for name, text in found.items():
             table.add_row(name, text.replace("[", "\\["))
         _print(table)
 
@@ -181,6 +185,29 @@ def _compile_quickly() -> None:
     os.environ["XLA_FLAGS"] = " ".join([given, *new]).strip()
 
 
+def _keep_programs(wanted: bool) -> str:
+    """Lets JAX keep compiled programs in files; where, in a sentence.
+
+    A place that the user gave JAX stands.
+    """
+    import jax
+
+    from fedcl import _kept
+
+    if not wanted:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return "compiled programs are not kept"
+    given = jax.config.values["jax_compilation_cache_dir"]
+    place = given or _kept.programs()
+    if place is None:
+        return f"compiled programs are not kept: {_kept.folder()} cannot be written"
+    if not given:
+        jax.config.update("jax_compilation_cache_dir", str(place))
+        # Small ones too: a second run then compiles nothing.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return f"compiled programs are kept in {place} (--no-cache: they are not)"
+
+
 @contextmanager
 def _clear_errors(debug: bool, command: str, out: Path | None) -> Iterator[None]:
     """Turns errors into one clear block on stderr and an exit code."""
@@ -200,12 +227,21 @@ def _expected() -> tuple[type[Exception], ...]:
     from fedcl.checkpoint import CheckpointError
     from fedcl.rounds import FaultError
 
-    return (CheckpointError, FaultError, ValueError, KeyError, OSError)
+    return (CheckpointError, FaultError, ValueError, KeyError, OSError, MemoryError)
 
 
 def _fail(code: int, text: str) -> NoReturn:
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {_speaker()}{text}", file=sys.stderr)
     raise typer.Exit(code)
+
+
+def _speaker() -> str:
+    """Which process and host this is, if there are several."""
+    jax = sys.modules.get("jax")
+    if jax is None or not jax.distributed.is_initialized():
+        return ""
+    here, count = jax.process_index(), jax.process_count()
+    return f"process {here} of {count}, on {socket.gethostname()}: "
 
 
 def _print(what: Any) -> None:

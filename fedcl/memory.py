@@ -9,10 +9,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fedcl import _engine, _evaluation, _phase, base, cohorts, phases, tree
-from fedcl import rounds as _rounds
-from fedcl._evaluator import communication
+from fedcl import (
+    _engine,
+    _evaluation,
+    _hosts,
+    _phase,
+    _placement,
+    _program,
+    _stored,
+    base,
+    cohorts,
+    phases,
+    tree,
+)
 from fedcl._switches import NotStackedError
+from fedcl._traffic import communication
+from fedcl.store import Store
 
 PyTree = Any
 Shaped = jax.ShapeDtypeStruct
@@ -46,8 +58,18 @@ class Report(NamedTuple):
         rows = [f"{name:<16}{_text(size):>12}" for name, size in self.parts.items()]
         held = f"  messages of the cohort held at once {_text(self.cohort)}: {self.why}"
         rows[-1] += held if self.why else ""
-        there = "" if self.limit is None else f" of {_text(self.limit)}"
-        return "\n".join([*rows, f"{'peak':<16}{_text(self.peak):>12}{there}"])
+        peak = f"{'peak':<16}{_text(self.peak):>12}{self._there()}"
+        return "\n".join([*rows, peak])
+
+    def line(self) -> str:
+        """The same in a line, without the parts that are empty."""
+        parts = [f"{name} {_text(size)}" for name, size in self.parts.items() if size]
+        held = f"; messages of the cohort held at once {_text(self.cohort)}: {self.why}"
+        told = f"{_text(self.peak)}{self._there()}: {', '.join(parts)}"
+        return told + (held if self.why else "")
+
+    def _there(self) -> str:
+        return "" if self.limit is None else f" of {_text(self.limit)}"
 
 
 def report(
@@ -68,7 +90,8 @@ def report(
 
     Args:
       algorithm: as in `fedcl.run`, like all others here.
-      state: arrays, or `jax.ShapeDtypeStruct`s to ask before there are any.
+      state: arrays, or `jax.ShapeDtypeStruct`s to ask before there are any; or from
+        `fedcl.store.init`.
       stream: as in `fedcl.run`.
       key: as in `fedcl.run`.
       rounds: as in `fedcl.run`.
@@ -78,7 +101,7 @@ def report(
       evaluate: as in `fedcl.run`.
       every: as in `fedcl.run`.
       limit: bytes that it may take; by default what the device has left, or on a CPU
-        what the machine has.
+        the machine, and what is there of the arguments.
 
     Returns:
       A `Report`.
@@ -89,47 +112,54 @@ def report(
     Cost: compiles the run; a `fedcl.run` of the same list of phases, with the same
     arguments, finds the program ready.
     """
-    seeded = key.ndim == 1
-    every = _rounds.length_of(rounds, every)
-    parts = _rounds._parts(algorithm, cohort, schedule, mesh)
-    begin = lambda s: phases.start(parts, s)
-    begun = _on(
-        mesh, jax.eval_shape(jax.vmap(begin) if seeded else begin, state), seeded
-    )
-    zero = jnp.int32(0)
-    compiled = _rounds._compiled.lower(
-        *(begun, key, zero, zero, parts, stream),
-        length=every,
-        whole=rounds % every == 0,
-        seeded=seeded,
-    ).compile()
-    temporary, held = _need(compiled)
-    test = _evaluation.as_tree(evaluate)
+    program = _program.of(
+        algorithm,
+        stream,
+        key=key,
+        rounds=rounds,
+        every=every,
+        cohort=cohort,
+        schedule=schedule,
+        mesh=mesh,
+    ).everywhere(mesh)
+    if isinstance(state.clients, Store):
+        _stored.check(algorithm, key, mesh, schedule)
+        begun, lowered = _stored.lower(program.parts[0].federated, state, stream, key)
+        begun = jax.eval_shape(program.begun, begun)
+    else:
+        begun = jax.eval_shape(program.begun, state)
+        begun = _on(mesh, begun, program.seeded, state.server.frozen)
+        lowered = program.lower(begun)
+    temporary, held = _need(lowered.compile())
+    test = _hosts.everywhere(_evaluation.as_tree(evaluate), mesh)
     if test is not None:
-        view = _evaluation.viewed(test, begun, parts, seeded)
-        seen = jax.eval_shape(view, begun)
-        program = _evaluation.evaluated.lower(seen, test, seeded=seeded).compile()
-        temporary = max(temporary, _need(program)[0])
-    sizes = _sizes(begun, stream, parts, test, mesh)
-    sizes["state passed in"] = sum(
-        sizes[n] for n in ("base θ", "φ and server", "client states")
-    )
-    sizes[TEMPORARY] = temporary
-    outside = sizes["state passed in"] + _bytes(test)
-    messages, why = _messages(parts, begun, stream, key, seeded)
+        temporary = max(temporary, _need(_tested(program, begun, test))[0])
+    sizes = _sizes(begun, stream, program.parts, test)
+    passed = sizes["base θ"] + sizes["φ and server"]
+    if not isinstance(state.clients, Store):
+        passed += sizes["client states"]
+    sizes["state passed in"], sizes[TEMPORARY] = passed, temporary
+    if limit is None:
+        limit = _room(mesh, _resident((state, stream, program.parts, test)))
     found = Report(
         sizes,
-        temporary + held + outside,
-        _room() if limit is None else limit,
-        messages,
-        why,
+        temporary + held + passed + _bytes(test),
+        limit,
+        *_messages(program.parts, begun, stream, key, program.seeded),
         (),
     )
-    found = found._replace(advice=_advice(found))
+    found = found._replace(advice=_advice(found, program.parts))
     if not found.fits:
         listed = "\n".join(f"- {line}" for line in found.advice)
         raise MemoryError(f"This run will not fit:\n{found}\nWhat helps:\n{listed}")
     return found
+
+
+def _tested(program: _program.Program, state: base.State, test: Callable) -> Any:
+    """The compiled evaluation."""
+    parts, seeded = program.parts, program.seeded
+    seen = jax.eval_shape(_evaluation.viewed(test, state, parts, seeded), state)
+    return _evaluation.evaluated.lower(seen, test, seeded=seeded).compile()
 
 
 def _need(compiled: Any) -> tuple[int, int]:
@@ -139,35 +169,49 @@ def _need(compiled: Any) -> tuple[int, int]:
     return m.temp_size_in_bytes, m.argument_size_in_bytes + max(own, 0)
 
 
-def _on(mesh: Mesh | None, state: base.State, seeded: bool) -> base.State:
-    """The shapes of a state, where `fedcl.run` places it."""
+def _on(
+    mesh: Mesh | None, state: base.State, seeded: bool, frozen: PyTree
+) -> base.State:
+    """The shapes of a state, where `fedcl.run` places it; θ may lie there already."""
     if mesh is None:
         return state
     spec = _engine.P(None, _engine.AXIS) if seeded else _engine.P(_engine.AXIS)
+    shaped = lambda x, where: Shaped(x.shape, x.dtype, sharding=where)
 
     def put(a, spec):
         where = jax.sharding.NamedSharding(mesh, spec)
-        return jax.tree.map(lambda x: Shaped(x.shape, x.dtype, sharding=where), a)
+        return jax.tree.map(lambda x: shaped(x, where), a)
+
+    def laid(x):
+        there = _placement.lies_on(x, mesh)
+        return shaped(x, x.sharding) if there else put(x, everywhere)
 
     everywhere = _engine.P()
+    server = put(state.server._replace(frozen=None), everywhere)
     return base.State(
-        put(state.server, everywhere),
+        server._replace(frozen=jax.tree.map(laid, frozen)),
         put(state.clients, spec),
         put(state.phases, everywhere),
     )
 
 
 def _bytes(a: PyTree) -> int:
-    return tree.size([x for x in jax.tree.leaves(a) if hasattr(x, "dtype")])
+    """Of the arrays and shapes in a tree, on one device."""
+    arrays = [x for x in jax.tree.leaves(a) if hasattr(x, "dtype")]
+    where = [getattr(x, "sharding", None) for x in arrays]
+    own = [
+        x if w is None else Shaped(w.shard_shape(x.shape), x.dtype)
+        for x, w in zip(arrays, where, strict=True)
+    ]
+    return tree.size(own)
 
 
-def _sizes(state: base.State, stream, parts, evaluate, mesh: Mesh | None) -> dict:
-    shards = 1 if mesh is None else mesh.shape[_engine.AXIS]
+def _sizes(state: base.State, stream, parts, evaluate) -> dict[str, int]:
     base_ = _bytes(state.server.frozen)
     return {
         "base θ": base_,
         "φ and server": _bytes(state.server) - base_,
-        "client states": _bytes(state.clients) // shards,
+        "client states": _bytes(state.clients),
         "phases": _bytes(state.phases) + _bytes([p.data for p in parts]),
         "stream": _bytes(stream),
         "evaluation": _bytes(evaluate),
@@ -176,6 +220,8 @@ def _sizes(state: base.State, stream, parts, evaluate, mesh: Mesh | None) -> dic
 
 def _messages(parts, state, stream, key, seeded: bool) -> tuple[int, str]:
     """Bytes of messages that the federated phases hold at once, and why."""
+    seeds = key.shape[0] if seeded else 1
+    times = f"{seeds} seeds × " if seeds > 1 else ""
     if seeded:
         drop = lambda x: Shaped(x.shape[1:], x.dtype)
         state, key = jax.tree.map(drop, (state, key))
@@ -184,7 +230,8 @@ def _messages(parts, state, stream, key, seeded: bool) -> tuple[int, str]:
         if part.federated is not None:
             held, why = _held(part.federated, parts, state, stream, key)
             size = communication(part.federated.algorithm, state, stream).up
-            total, told = total + held * size, told or why
+            each = f" ({times}{held} × {_text(size)})"
+            total, told = total + seeds * held * size, told or why + each
     return total, told
 
 
@@ -193,10 +240,10 @@ def _held(f: _phase.Federated, parts, state, stream, key) -> tuple[int, str]:
     draw = lambda k: f.sampler.draw(k, jnp.int32(0), n).client
     c = jax.eval_shape(draw, key).shape[0]
     own = c // (1 if f.mesh is None else f.mesh.shape[_engine.AXIS])
-    if f.schedule == "vmap":
-        return own, f'schedule="vmap" trains all {own} at once'
     if not isinstance(f.algorithm.aggregate, base.Folding):
         return own, "the server needs each client's message, not their sum"
+    if f.schedule == "vmap":
+        return own, f'schedule="vmap" trains all {own} at once'
     if _reads_messages(parts, state, stream, key):
         return own, "another part of the round reads what each client sent"
     size = 1 if f.schedule == "scan" else min(int(f.schedule), own)
@@ -212,16 +259,17 @@ def _reads_messages(parts, state, stream, key) -> bool:
     return False
 
 
-def _advice(r: Report) -> tuple[str, ...]:
+def _advice(r: Report, parts: tuple[phases.Phase, ...]) -> tuple[str, ...]:
     """What helps, by how much it could."""
+    at_once = any(p.federated and p.federated.schedule == "vmap" for p in parts)
     helps = [
         (
             r.parts["client states"],
-            "fedcl.store.init keeps the clients' states in files, fedcl.offload in the "
-            "host's memory",
+            "fedcl.store.init, or federation.store in a file, keeps the clients' states "
+            "in files, fedcl.offload in the host's memory",
         ),
         (
-            r.parts[TEMPORARY] if "vmap" in r.why else 0,
+            r.parts[TEMPORARY] if at_once else 0,
             'schedule="scan", or a chunk size, trains fewer clients at a time',
         ),
         (
@@ -230,8 +278,8 @@ def _advice(r: Report) -> tuple[str, ...]:
         ),
         (
             r.parts[TEMPORARY] // 2,
-            "fedcl.compute: rematerialised keeps fewer activations, accumulated takes "
-            "a batch in parts",
+            "fedcl.compute: rematerialised (client.remat) keeps fewer activations, "
+            "accumulated (client.accumulate) takes a batch in parts",
         ),
         (
             r.parts["evaluation"],
@@ -242,16 +290,40 @@ def _advice(r: Report) -> tuple[str, ...]:
     return tuple(text for size, text in ordered if size)
 
 
-def _room() -> int | None:
-    """Bytes left on the first device, or in the machine if it is a CPU; None: unknown."""
+def _resident(a: PyTree) -> int:
+    """Bytes of a run's arrays that are on a device already, and so not in its room."""
+    return _bytes([x for x in jax.tree.leaves(a) if isinstance(x, jax.Array)])
+
+
+def _room(mesh: Mesh | None, there: int) -> int | None:
+    """Bytes that a run may hold on a device, beside what others do; None: unknown."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    path = Path("/proc/meminfo")
-    if jax.default_backend() != "cpu" or not path.exists():
+        left = stats["bytes_limit"] - stats.get("bytes_in_use", 0)
+    else:
+        left = _machine() if jax.default_backend() == "cpu" else None
+        left = left and left // (1 if mesh is None else len(mesh.local_devices))
+    return _hosts.least(None if left is None else left + there)
+
+
+def _machine() -> int | None:
+    """Bytes left in the machine, and in the process's part of it."""
+    memory, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not memory.exists():
         return None
-    rows = dict(line.split(":", 1) for line in path.read_text().splitlines())
-    return int(rows["MemAvailable"].split()[0]) * 1024
+    left = _numbers(memory)["MemAvailable:"] * 1024
+    limit = group / "memory.max"
+    if limit.exists() and limit.read_text().strip() != "max":
+        used = int((group / "memory.current").read_text())
+        files = _numbers(group / "memory.stat")["inactive_file"]
+        left = min(left, int(limit.read_text()) - used + files)
+    return max(left, 0)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The first two words of each line."""
+    rows = (line.split() for line in path.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
 
 
 def _text(size: float) -> str:

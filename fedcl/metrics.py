@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from fedcl._evaluator import Communication as Communication
-from fedcl._evaluator import communication as communication
 from fedcl._evaluator import evaluator as evaluator
 from fedcl._evaluator import loss_evaluator as loss_evaluator
+from fedcl._traffic import Communication as Communication
+from fedcl._traffic import communication as communication
 
 
 def average_accuracy(R: ArrayLike) -> jax.Array:

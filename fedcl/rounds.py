@@ -19,6 +19,7 @@ from fedcl import (
     _hosts,
     _kept,
     _placement,
+    _program,
     _stored,
     base,
     cohorts,
@@ -36,39 +37,6 @@ from fedcl.store import Store
 PyTree = Any
 round_fn = _engine.round_fn
 _as_tree = _shared.as_tree
-
-
-def _segment(
-    state: base.State,
-    key: jax.Array,
-    start: jax.Array,
-    stop: jax.Array,
-    parts: tuple[phases.Phase, ...],
-    stream: Any,
-    *,
-    length: int,
-    whole: bool,
-) -> tuple[base.State, dict]:
-    """`length` rounds from `start`, those before `stop`."""
-
-    def one(state, t):
-        return phases.step(parts, state, key, t, stream)
-
-    def guarded(state, t):
-        told = jax.eval_shape(one, state, t)[1]
-        skip = lambda s, t: (s, tree.zeros_like(told))
-        return jax.lax.cond(t < stop, one, skip, state, t)
-
-    ts = start + jnp.arange(length)
-    return jax.lax.scan(one if whole else guarded, state, ts)
-
-
-@partial(jax.jit, static_argnames=("length", "whole", "seeded"), donate_argnums=0)
-def _compiled(state, key, start, stop, parts, stream, *, length, whole, seeded):
-    fn = partial(_segment, length=length, whole=whole)
-    if seeded:
-        fn = jax.vmap(fn, in_axes=(0, 0, None, None, None, None))
-    return fn(state, key, start, stop, parts, stream)
 
 
 def _evaluation(
@@ -146,7 +114,7 @@ def run(
       Interrupted: after Ctrl-C, when everything is saved.
     """
     _check_options(rounds, every, nonfinite)
-    every = length_of(rounds, every)
+    every = _program.length_of(rounds, every)
     seeded = key.ndim == 1
     _check_population(state, stream, seeded)
     options = Options(rounds, every, nonfinite, checkpoint, resume, progress, seeded)
@@ -161,41 +129,31 @@ def run(
     if schedule == "auto":
         one = _first_seed(state, key) if seeded else (state, key)
         schedule = choose_schedule(algorithm, *one, stream, cohort=cohort, mesh=mesh)
-    parts = _parts(algorithm, cohort, schedule, mesh)
-    for part in parts:
-        _engine.check_mesh(mesh, stream.num_clients, part.shards)
-    state = jax.tree.map(jnp.copy, state)
-    begin = lambda s: phases.start(parts, s)
-    state = (jax.vmap(begin) if seeded else begin)(state)
+    program = _program.of(
+        algorithm,
+        stream,
+        key=key,
+        rounds=rounds,
+        every=every,
+        cohort=cohort,
+        schedule=schedule,
+        mesh=mesh,
+    )
+    state = program.begun(jax.tree.map(jnp.copy, state))
     if mesh is not None:
         _hosts.check_same((state, stream, key), "The federations")
     state = _engine.place(state, mesh, seeded)
     layouts = None if mesh is None else jax.tree.map(lambda x: x.sharding, state)
-    evaluate = _as_tree(evaluate)
-    parts, stream, evaluate = _hosts.everywhere((parts, stream, evaluate), mesh)
-    whole = rounds % every == 0
-    first = _evaluation(evaluate, state, parts, seeded)
+    program, evaluate = program.everywhere(mesh), _as_tree(evaluate)
+    evaluate = _hosts.everywhere(evaluate, mesh)
+    first = _evaluation(evaluate, state, program.parts, seeded)
 
     def segment(state, start, stop):
-        state, metrics = _compiled(
-            _placement.put_back(state, layouts),
-            key,
-            jnp.int32(start),
-            jnp.int32(stop),
-            parts,
-            stream,
-            length=every,
-            whole=whole,
-            seeded=seeded,
-        )
+        here = _placement.put_back(state, layouts)
+        state, metrics = program.segment(here, start, stop)
         return state, metrics, first(state)
 
     return drive(segment, first, state, key, options)
-
-
-def length_of(rounds: int, every: int | None) -> int:
-    """Rounds between looks: about a tenth of all, unless `every` says."""
-    return min(every or max(1, rounds // 10), rounds)
 
 
 def _check_options(rounds: int, every: int | None, nonfinite: str) -> None:
@@ -221,22 +179,6 @@ def _check_population(state: base.State, stream: Any, seeded: bool) -> None:
 
 def _first_seed(state: base.State, key: jax.Array) -> tuple[base.State, jax.Array]:
     return tree.gather(state, jnp.int32(0)), key[0]
-
-
-def _parts(
-    algorithm: base.Algorithm | Sequence[phases.Phase],
-    cohort: cohorts.Sampler | None,
-    schedule: _engine.Schedule,
-    mesh: Mesh | None,
-) -> tuple[phases.Phase, ...]:
-    if isinstance(algorithm, base.Algorithm):
-        part = phases.federated(algorithm, cohort=cohort, schedule=schedule, mesh=mesh)
-        return (part,)
-    if cohort is not None:
-        raise ValueError(
-            "cohort= is for an Algorithm; with phases, give it to phases.federated(…)."
-        )
-    return tuple(algorithm)
 
 
 def choose_schedule(
@@ -282,7 +224,7 @@ def choose_schedule(
         candidates.append(math.isqrt(per_device))
 
     def program(candidate: _engine.Schedule) -> tuple[Any, tuple]:
-        parts = _parts(algorithm, cohort, candidate, mesh)
+        parts = _program.parts_of(algorithm, cohort, candidate, mesh)
         ready = _engine.place(phases.start(parts, state), mesh)
         return jax.jit(partial(phases.step, parts)), (ready, key, jnp.int32(0), stream)
 
@@ -371,7 +313,7 @@ def loop(
             "accumulates while it trains, such as ewc or mas, or a stream that fits on "
             "the device and fedcl.run."
         )
-    every = length_of(rounds, every)
+    every = _program.length_of(rounds, every)
     sampler = cohort or cohorts.everyone()
     _engine.check_mesh(mesh, stream.num_clients, sampler.shards)
     options = Options(rounds, every, nonfinite, checkpoint, resume, progress, False)

@@ -53,6 +53,11 @@ class Store:
             return np.zeros(shape, dtype)
         return np.memmap(self.folder / name, dtype, mode, shape=shape)
 
+    def shapes(self, size: int) -> base.ClientState:
+        """Those of the states of so many clients."""
+        leaf = lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype)
+        return jax.tree.unflatten(self._shape, list(map(leaf, self._first)))
+
     def gather(self, ids: np.ndarray) -> base.ClientState:
         """The states of some clients, [C, ...] per leaf; unknown ids read the last."""
         ids = np.clip(ids, 0, self.num_clients - 1)

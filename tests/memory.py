@@ -14,8 +14,14 @@ class Need(NamedTuple):
     """Bytes of a local training of K clients over one frozen base."""
 
     base: int  # θ
-    trained: int  # φ and the optimiser's state, of one client
+    phi: int  # φ of one client
+    optimiser: int  # and its optimiser's state
     temporary: int  # What the compiled program allocates besides what goes in and out.
+
+    @property
+    def trained(self) -> int:
+        """What each client has of its own."""
+        return self.phi + self.optimiser
 
 
 def temporaries(fn: Callable[..., Any], *args: Any) -> int:
@@ -48,5 +54,5 @@ def local_training(
     state = jax.eval_shape(optimiser.init, phi)
     clients = jax.vmap(local, in_axes=(0, 0, None, 0))
     args = (*jax.tree.map(many, (phi, state)), theta, jax.tree.map(many, x))
-    trained = tree.size(phi) + tree.size(state)
-    return Need(tree.size(theta), trained, temporaries(clients, *args))
+    base, own, optimiser_ = map(tree.size, (theta, phi, state))
+    return Need(base, own, optimiser_, temporaries(clients, *args))

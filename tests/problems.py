@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 import fedcl
-from fedcl import losses, models, reservoir, testing
+from fedcl import _experiment_run as _run
+from fedcl import losses, metrics, models, phases, reservoir, testing, tree
 
 
 def replaying():
@@ -107,3 +109,20 @@ def adapters() -> testing.Problem:
     bare = {name: x for name, x in rest.items() if name != "lora"}
     model, _ = models.lora(model, bare, rank=2, alpha=4.0, key=jax.random.key(5))
     return problem._replace(params=rest, loss_fn=losses.softmax(model.apply))
+
+
+def bytes_up(given: Any) -> dict[str, int]:
+    """What a client of each arm sends; the arm's round fits the engine, by its shapes."""
+    quiet = lambda event: None
+    made = _run._ready(given, _run.prepare(given, quiet), quiet)
+    return {arm: _sent(ready) for arm, ready in made.items()}
+
+
+def _sent(ready: _run.Ready) -> int:
+    parts, stream = ready.parts, ready.stream
+    one = jax.tree.map(lambda x: x[0], ready.state)
+    begun = jax.eval_shape(lambda s: phases.start(parts, s), one)
+    step = lambda s, key: phases.step(parts, s, key, jnp.int32(0), stream)
+    after = jax.eval_shape(step, begun, jax.random.key(0))[0]
+    assert tree.describe(after) == tree.describe(begun)
+    return metrics.communication(ready.algorithm, one, stream, parts).up

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -37,6 +38,24 @@ def test_list_has_one_line_for_each():
     for line in ("quickstart", "ewc", "replay", "fedadam", "class_incremental", "vit"):
         assert line in result.output
     assert "Appends remembered rows" in result.output
+
+
+def test_every_name_that_a_file_takes_is_listed():
+    from fedcl import _experiment_methods as _methods
+    from fedcl import _experiment_names as _names
+
+    words = set(re.findall(r"[\w-]+", call("list").output))
+    for known in (
+        *(_methods.methods, _methods.algorithms, _methods.servers, _methods.makers),
+        *(_methods.switches, _methods.detectors, _methods.predicates),
+    ):
+        assert words >= set(known()), set(known()) - words
+    found = _names.choices()
+    assert {"data.source", "model.kind", "stream.drift.kind"} <= set(found)
+    assert {"pretrained", "decoder", "vit"} <= set(found["model.kind"])
+    for path, given in found.items():
+        assert words >= set(given), (path, set(given) - words)
+    assert words >= {"packed", "tokenised", "eras", "distil", "lora_only", "fedkseed"}
 
 
 def test_run_writes_and_prints_everything(tmp_path):

@@ -10,11 +10,11 @@ import pytest
 
 import fedcl
 from fedcl import (
+    _program,
     _random,
     algorithms,
     cohorts,
     phases,
-    rounds,
     testing,
 )
 from fedcl.checkpoint import Checkpoints
@@ -392,9 +392,9 @@ def close(a, b):
 
 @pytest.fixture(scope="module")
 def alone():
-    before = rounds._compiled._cache_size()
+    before = _program._compiled._cache_size()
     state, history = run()
-    assert rounds._compiled._cache_size() == before + 1
+    assert _program._compiled._cache_size() == before + 1
     return state, history
 
 

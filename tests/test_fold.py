@@ -27,15 +27,12 @@ def problem():
     return many(testing.toy_problem(), 8)
 
 
-def go(p, parts=None, chain="clipped, mean, adam", **kw):
+def go(p, parts=None, chain="clipped, mean, adam", wrap=lambda a: a, **kw):
     """Two rounds in which a client sits out, another is silent and a third sends NaN."""
     tell = fedcl.transform(end=lambda memory, params, ctx: (memory, params))
-    algorithm = algorithms.fedavg(
-        p.loss_fn,
-        optax.sgd(0.1),
-        transform=fedcl.chain(replaying(), tell),
-        server=CHAINS[chain](),
-    )
+    method = fedcl.chain(replaying(), tell)
+    options = {"transform": method, "server": CHAINS[chain]()}
+    algorithm = wrap(algorithms.fedavg(p.loss_fn, optax.sgd(0.1), **options))
     state = algorithm.init(p.params, p.stream.example(), 8)
     poisoned = p.stream.x.at[6].set(jnp.nan)
     stream = type(p.stream)(poisoned, p.stream.y)
@@ -106,11 +103,12 @@ def test_a_round_that_is_off_says_nothing(problem):
     assert_close(go(problem, parts=part)[0], go(problem, parts=want)[0])
 
 
-def big(chain, size, schedule):
+def big(chain, size, schedule, wrap=lambda algorithm: algorithm):
     """Bytes of temporaries of a round of `size` of 1000 clients, φ of 40 kB."""
-    width = 10_000
-    loss = lambda p, batch, key: (jnp.sum((p - batch["x"][0]) ** 2), batch["x"])
-    algorithm = algorithms.fedavg(loss, optax.sgd(0.1), server=chain)
+    params = {"shared": jnp.zeros(10_000), "own": jnp.zeros(3)}
+    far = lambda p, x: sum(jnp.sum((leaf - x) ** 2) for leaf in jax.tree.leaves(p))
+    loss = lambda p, batch, key: (far(p, batch["x"][0]), batch["x"])
+    algorithm = wrap(algorithms.fedavg(loss, optax.sgd(0.1), server=chain))
 
     class Stream(testing.ToyStream):
         num_clients = 1000
@@ -127,7 +125,7 @@ def big(chain, size, schedule):
     init = lambda p: algorithm.init(p, stream.example(), 1000)
     part = phases.federated(algorithm, cohort=cohorts.uniform(size), schedule=schedule)
     begun = lambda p: phases.start((part,), init(p))
-    state = jax.eval_shape(begun, jnp.zeros(width))
+    state = jax.eval_shape(begun, params)
     step = jax.jit(lambda s, k, t, x: phases.step((part,), s, k, t, x))
     one = step.lower(state, KEY, jnp.int32(0), stream).compile().memory_analysis()
     return one.temp_size_in_bytes
@@ -138,6 +136,19 @@ def test_memory_does_not_grow_with_the_cohort():
     assert many_ < 1.1 * few
     robust = agg.server(agg.median(), optax.sgd(1.0))
     assert big(robust, 1000, 10) > 1000 * 40_000
+
+
+def personal(algorithm):
+    return algorithms.personal(algorithm, lambda path: path in ("own", "bias"))
+
+
+def test_what_is_shared_of_a_personal_cohort_is_added_up(problem):
+    who = cohort(cohorts.uniform(8))
+    want, _ = go(problem, wrap=personal, cohort=who)
+    got, _ = go(problem, wrap=personal, cohort=who, schedule=3)
+    assert_close(got, want)
+    assert np.ptp(want.clients.kept.params["bias"], axis=0).max() > 0
+    assert big(agg.default_server(), 1000, 10, personal) < 100 * 40_000
 
 
 def test_a_chain_says_why_it_stacks():

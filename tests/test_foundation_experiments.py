@@ -11,6 +11,7 @@ from fedcl import _experiment_build as _build
 from fedcl import _experiment_run as _run
 from fedcl import _experiment_text as _text
 from fedcl import experiment, losses
+from tests.problems import bytes_up
 
 LANGUAGES = ("nlp", "de", "fr", "it", "ja")
 
@@ -84,6 +85,33 @@ def test_arms_start_at_the_base_and_all_but_it_learn(finished):
     for arm in ("fedit", "lorm", "exact"):
         np.testing.assert_allclose(history[f"{arm}/nats"][:, 0], base[:, 0], rtol=1e-6)
         assert (history[f"{arm}/nats"][:, -1] < base[:, -1]).all(), arm
+
+
+def test_what_is_sent_is_counted(finished):
+    """Adapters of queries and values; the accumulators of the exact sum; Grams of LoRM."""
+    wide, rank = 16, finished[2].model.peft.rank
+    sent = {
+        arm: finished[0].history[f"{arm}/bytes"] for arm in ("fedit", "exact", "lorm")
+    }
+    phi, square = 4 * 2 * 2 * wide * rank, 4 * 2 * wide * wide
+    base = sent["fedit"][2]
+    assert sent["fedit"].tolist() == [phi + 4, phi, base]
+    told = 4 * 2  # What was lost of each, a number that goes through the blocks.
+    assert sent["exact"].tolist() == [phi + 4, phi + square + told, base]
+    # In turn for A: G and G times its change; for B: the same inside A.
+    grams = square + phi // 2 + 4 * 2 * rank * rank + phi // 2
+    assert sent["lorm"].tolist() == [phi + 4 + grams, phi, base]
+
+
+def test_prompts_and_seeds_on_text(folder):
+    """A prompt of three vectors is all that is trained."""
+    peft = 'peft={method="prompt",length=3}'
+    model = f'model={{kind="decoder",width=16,depth=1,heads=2,hidden=32,{peft}}}'
+    seeds = 'algorithm={method="fedkseed",rate=0.01,num_seeds=8}'
+    mean = 'server={method="weighted_mean"}'
+    arms = f"arms={{prompt={{public=false,{mean}}},seeds={{public=false,{seeds}}}}}"
+    given = experiment.load("lm-languages", settings(folder, model, arms), "tiny")
+    assert bytes_up(given) == {"prompt": 4 * 3 * 16 + 4, "seeds": 4 * 8 + 4}
 
 
 def test_the_base_has_the_loss_of_its_rows_one_by_one(finished, folder):

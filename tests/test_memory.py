@@ -57,6 +57,16 @@ CASES = {
 }
 
 
+def test_seeds_side_by_side_hold_a_cohort_each(problem):
+    parts, init = built(problem, agg.server(agg.median(), optax.sgd(1.0)))
+    keys = jax.random.split(KEY, 3)
+    many_ = lambda p: jax.vmap(lambda _: init(p))(keys)
+    state = jax.eval_shape(many_, problem.params)
+    told = memory._messages(tuple(parts), state, problem.stream, keys, True)
+    assert told[0] == 3 * 6 * MESSAGE and "each client's message" in told[1]
+    assert "(3 seeds × 6 × 148 B)" in told[1]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_cohort_held_at_once(problem, case):
     schedule, reduction, held, why = CASES[case]

@@ -20,7 +20,6 @@ import pytest
 
 import fedcl
 from fedcl import (
-    _evaluator,
     _online_core,
     aggregation,
     checkpoint,
@@ -286,7 +285,7 @@ def test_late_updates_are_weighed_and_too_late_ones_counted():
 
 
 def test_reports_count_what_travels():
-    sent = _evaluator.communication(MANY, fresh(MANY), P.stream)
+    sent = fedcl.metrics.communication(MANY, fresh(MANY), P.stream)
     server = served_many()
     reports = drained(server, order(30))
     t = reports[-1].totals

@@ -1,5 +1,12 @@
 """Clients' states in files: the federation of states on the device, bit for bit."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import jax
 import numpy as np
 import optax
@@ -84,6 +91,50 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(problem, tmp_path):
     resumed = {"checkpoint": saved(), "resume": True}
     check(fedcl.run(algorithm, state, stream, **kw, **resumed), want)
     assert not list((tmp_path / "clients" / "undo").iterdir())
+
+
+def endless(folder, rounds, resume=True):
+    """A run with a store and checkpoints, and the same on the device without."""
+    p = testing.toy_problem()
+    stream = Many(p.stream.x, p.stream.y)
+    algorithm = algorithms.fedavg(p.loss_fn, optax.sgd(0.1), transform=replaying())
+    given = (algorithm, p.params, stream.example(), N)
+    kw = {"key": KEY, "rounds": rounds, "every": 2, "cohort": cohorts.uniform(20)}
+    kw |= {"evaluate": lambda s: {"bias": s.server.params["bias"]}, "schedule": 7}
+    if folder is None:
+        return fedcl.run(algorithm, algorithm.init(*given[1:]), stream, **kw)
+    state = store.init(*given, folder / "clients", resume=resume)
+    kw |= {"checkpoint": Checkpoints(folder / "run", every=2), "resume": resume}
+    return fedcl.run(algorithm, state, stream, **kw)
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[2])
+import conftest, pathlib
+from tests import test_store
+test_store.endless(pathlib.Path(sys.argv[1]), 100_000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_kill_9_in_the_middle_of_a_round(tmp_path):
+    root = Path(__file__).parent.parent
+    argv = [sys.executable, "-c", SCRIPT, str(tmp_path), str(root)]
+    process = subprocess.Popen(argv, cwd=root, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    whole = "run/steps/[0-9]*[02468]/_CHECKPOINT_METADATA"
+    while not any(tmp_path.glob(whole)):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    reached = Checkpoints(tmp_path / "run").latest()
+    assert reached is not None and (tmp_path / "clients" / "undo").exists()
+    stop = reached + 4
+    check(endless(tmp_path, stop), endless(None, stop))
 
 
 def test_states_that_differ_are_moved(problem, tmp_path):

@@ -44,12 +44,14 @@ def train(rows: base.Batch, steps: int) -> base.Params:
 def weighted_by_p(params: base.Params, rows: base.Batch) -> np.ndarray:
     """The empirical Fisher with each row's square weighed by p(y|x) of its label, [P]."""
 
-    def row(row, key):
-        loss, grads = jax.value_and_grad(lambda p: loss_fn(p, row, key)[0])(params)
+    def of_row(row):
+        value = lambda p: loss_fn(p, row, jax.random.key(2))[0]
+        loss, grads = jax.value_and_grad(value)(params)
         return jax.tree.map(lambda g: jnp.exp(-loss) * g**2, grads)
 
-    of_batch = lambda b: statistics.per_row(row)(b, jax.random.key(2))
-    total = jax.tree.map(lambda t: jnp.sum(t, axis=0), jax.lax.map(of_batch, rows))
+    of_batch = lambda b: jax.vmap(of_row)(statistics.one_by_one(b))
+    found = jax.lax.map(of_batch, rows)
+    total = jax.tree.map(lambda g: jnp.sum(g, axis=(0, 1)), found)
     return vector(total) / rows["mask"].size
 
 

@@ -329,20 +329,14 @@ def test_smollm2_speaks():
 @pytest.mark.skipif("FEDCL_SMOLLM2" not in os.environ, reason="needs the real weights")
 @pytest.mark.filterwarnings("ignore")
 def test_smollm2_equals_torch():
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
     import transformers
 
+    from tests.oracles import live
+
     folder, name = os.path.split(os.environ["FEDCL_SMOLLM2"])
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=name, dtype=torch.float32
-    )
     words = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
     found = models.tokenizer(os.environ["FEDCL_SMOLLM2"])
     for text in TEXTS:
         assert found(text)["input_ids"] == words(text)["input_ids"]
-    ids = found("The capital of France is Paris.")["input_ids"]
-    with torch.no_grad():
-        want = theirs(torch.tensor([ids])).logits.numpy()
-    base = models.load(os.environ["FEDCL_SMOLLM2"])
-    got = base.model.apply(base.params, jnp.asarray([ids], jnp.int32))
-    np.testing.assert_allclose(got, want, atol=2e-4)
+    assert live.smollm2(os.environ["FEDCL_SMOLLM2"]).gap < 2e-4

@@ -61,20 +61,10 @@ def test_goldens_can_tell():
 def test_outputs_equal_transformers_live():
     """Another shape and other weights than the golden's, where torch is installed."""
     pytest.importorskip("torch")
-    from tests.oracles import make_encoder_goldens as live
+    from tests.oracles import live
 
-    small = {"hidden_size": 20, "num_hidden_layers": 3, "num_attention_heads": 4}
-    cases = live.cases({**small, "intermediate_size": 10}, "gelu_new")
-    theirs, run = next(case[1:] for case in cases if case[0] == "vit")
-    arrays = live.answers(live.shaken(theirs, seed=4), run)
-    config = VIT.config(theirs.config.to_dict())
-    weights = {k: v for k, v in arrays.items() if k[:3] not in ("in.", "out")}
-    params = parameters(VIT, config, weights)
-    apply = jax.jit(models.image_encoder(config).apply)
-    got = apply(params, rows_last(arrays["in.images"]))
-    worst = np.abs(got - arrays["out.logits"]).max()
-    print(worst)
-    assert worst < 1e-4
+    (row,) = live.encoders("vit")
+    assert row.gap < 1e-4 < row.size
 
 
 def test_a_mean_leaves_the_class_token_out():

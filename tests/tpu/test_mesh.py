@@ -11,7 +11,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import fedcl
-from fedcl import aggregation, algorithms, cohorts, losses, models, rounds, testing, tpu
+from fedcl import (
+    _program,
+    aggregation,
+    algorithms,
+    cohorts,
+    losses,
+    models,
+    testing,
+    tpu,
+)
 from fedcl import tree as t
 from tests.problems import many, replaying
 
@@ -107,10 +116,10 @@ def test_a_base_over_devices_gives_the_same_federation(plain, name):
     where = tpu.mesh(2, **axes)
     spread = where if "data" in axes else None
     algorithm, state, stream = federation((where, *rules), spread)
-    before = rounds._compiled._cache_size()
+    before = _program._compiled._cache_size()
     end = ends(algorithm, state, stream, where)
     assert_close(end, plain)
-    assert rounds._compiled._cache_size() == before + 1
+    assert _program._compiled._cache_size() == before + 1
     frozen = lambda s: t.describe(jax.tree.map(lambda x: x, s.server.frozen))
     assert frozen(end) == frozen(state)
     kernel = end.server.frozen["blocks"]["attention"]["q"]["kernel"]

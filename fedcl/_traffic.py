@@ -1,0 +1,115 @@
+"""What travels between a server and its clients, see `fedcl.metrics.communication`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fedcl import _once, _phase, base, tree
+from fedcl._switches import Facts
+from fedcl.store import Store
+
+PyTree = Any
+COUNTS = ("population", "version")  # Two numbers for bookkeeping.
+COHORT = 4  # Any will do: what `aggregate` changes does not depend on how many send.
+
+
+class Communication(NamedTuple):
+    """Bytes of one client's part in a round, from static shapes."""
+
+    up: int  # The message: Δφ, its weight, what the method tells, other sums.
+    down: int  # What the client reads and the rounds change, φ above all.
+    once: int  # What they leave as it is, θ above all: sent when a client joins.
+
+
+def communication(
+    algorithm: base.Algorithm,
+    state: base.State,
+    stream: base.StreamLike,
+    parts: Sequence[_phase.Phase] = (),
+) -> Communication:
+    """Bytes that travel per client and round, without running anything.
+
+    What is sent down is read off the algorithm: those leaves of the server that
+    `client_update` reads and `aggregate` changes, and what phases before it said to the
+    clients. So the accumulators in θ of FedEx-LoRA count, as they are stored: a client
+    may have missed any number of rounds. Personal leaves of φ do not.
+
+    Args:
+      algorithm: the algorithm.
+      state: one federation, arrays or `jax.ShapeDtypeStruct`s, or with a store.
+      stream: for the shapes of a visit.
+      parts: the phases of the round, whose news count as in a round in which those
+        before the federated one are on.
+
+    Returns:
+      Bytes as stored, without compression.
+    """
+    if isinstance(state.clients, Store):
+        state = state._replace(clients=state.clients.shapes(1))
+    server = state.server._replace(news=_news(algorithm, state, stream, parts))
+    read, message = _read(algorithm, server, state.clients, stream)
+    changed = _changed(algorithm, server, message)
+    down = once = 0
+    for (name, leaf), is_read, moves in zip(_named(server), read, changed, strict=True):
+        size = tree.size(leaf)
+        down += size if is_read and (moves or name == "news") else 0
+        kept = not moves and name != "news"
+        once += size if kept and (is_read or name == "frozen") else 0
+    return Communication(tree.size(message), down, once)
+
+
+def _named(server: base.ServerState) -> Iterator[tuple[str, Any]]:
+    """The leaves in their order, each with the field that holds it."""
+    for name, part in zip(server._fields, server, strict=True):
+        for leaf in jax.tree.leaves(part):
+            yield name, () if name in COUNTS else leaf
+
+
+@_once.per_shapes
+def _read(algorithm, server, clients, stream) -> tuple[list[bool], base.Message]:
+    """Which leaves of the server a client's part reads, and the message's shapes."""
+
+    def visit(server, clients, stream):
+        zero, key = jnp.int32(0), jax.random.key(0)
+        batches = stream.sample(key, zero, zero)
+        visit = base.Visit(batches, zero, zero, zero, key)
+        client = jax.tree.map(lambda x: x[0], clients)
+        return algorithm.client_update(server, client, visit)[0]
+
+    program, message = jax.make_jaxpr(visit, return_shape=True)(server, clients, stream)
+    body = program.jaxpr
+    used = {id(v) for eqn in body.eqns for v in eqn.invars}
+    used |= {id(v) for v in body.outvars}
+    leaves = body.invars[: len(jax.tree.leaves(server))]
+    return [id(v) in used for v in leaves], message
+
+
+@_once.per_shapes
+def _changed(algorithm, server, message: base.Message) -> list[bool]:
+    """Which leaves of the server are others after an aggregation."""
+    many = lambda x: jax.ShapeDtypeStruct((COHORT, *x.shape), x.dtype)
+    cohort = jax.tree.map(many, message)
+    body = jax.make_jaxpr(algorithm.aggregate)(server, cohort).jaxpr
+    leaves = body.invars[: len(jax.tree.leaves(server))]
+    return [new is not old for old, new in zip(leaves, body.outvars, strict=True)]
+
+
+def _news(algorithm, state: base.State, stream, parts: Sequence[_phase.Phase]) -> Any:
+    """The shapes of what the phases before the federated one say."""
+    own = lambda p: p.federated is not None and p.federated.algorithm is algorithm
+    place = next((i for i, part in enumerate(parts) if own(part)), 0)
+    before, n = tuple(parts[:place]), stream.num_clients
+    if not before:
+        return state.server.news
+
+    def said(state, stream, key):
+        state = _phase.start(before, state)
+        state = state._replace(server=state.server._replace(news={}))
+        for phase, memory in zip(before, state.phases, strict=True):
+            facts = Facts(key, jnp.int32(0), stream, n, phase.data)
+            state = _phase._one(phase, state, memory, facts)[0]
+        return state.server.news
+
+    return jax.eval_shape(said, state, stream, jax.random.key(0))
