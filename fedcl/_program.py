@@ -1,7 +1,7 @@
 """The program of a run: what `fedcl.run` runs and `fedcl.memory.report` asks about."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -125,10 +125,15 @@ def parts_of(
 ) -> tuple[phases.Phase, ...]:
     """The phases of a round; of an `Algorithm`, that one."""
     if isinstance(algorithm, base.Algorithm):
-        part = phases.federated(algorithm, cohort=cohort, schedule=schedule, mesh=mesh)
-        return (part,)
+        return _alone(algorithm, cohort, schedule, mesh)
     if cohort is not None:
         raise ValueError(
             "cohort= is for an Algorithm; with phases, give it to phases.federated(…)."
         )
     return tuple(algorithm)
+
+
+@lru_cache(maxsize=64)  # The same phase again is the same program.
+def _alone(algorithm, cohort, schedule, mesh) -> tuple[phases.Phase, ...]:
+    """The round of an `Algorithm`."""
+    return (phases.federated(algorithm, cohort=cohort, schedule=schedule, mesh=mesh),)

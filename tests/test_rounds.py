@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import fedcl
-from fedcl import algorithms, cohorts, phases, testing, tree
+from fedcl import _program, algorithms, cohorts, phases, testing, tree
 from fedcl.rounds import FaultError
 from fedcl.tpu import mesh
 from tests.problems import many, replaying
@@ -80,6 +80,16 @@ def test_a_run_in_pieces_is_the_run_in_one(problem):
     assert g.rounds["loss"].shape == (5, 4)
     np.testing.assert_array_equal(g.at, [0, 2, 4, 5])
     assert g.evaluations["bias"].shape[0] == 4
+
+
+def test_an_algorithm_that_runs_again_is_not_compiled_again(problem):
+    algorithm = algorithms.fedavg(
+        problem.loss_fn, optax.sgd(0.1), transform=replaying()
+    )
+    go(problem, algorithm)
+    before = _program._compiled._cache_size()
+    go(problem, algorithm)
+    assert _program._compiled._cache_size() == before
 
 
 def test_seeds_by_vmap_are_separate_runs(problem):

@@ -1,0 +1,164 @@
+"""Times the peers in turn, each a process of its own, and prints medians.
+
+    python benchmarks/speed/compare.py --torch PYTHON_WITH_TORCH --repeats 5
+
+"ready" is from the start of the process to the first call (imports, data), "compile" the
+first run minus the second; the rest is of the second run alone, "core s" its time on all
+cores together. The matmul rate is this machine's own, measured between the runs. `--check`
+compares the weights after one round instead. Give a Python that has the peer, or
+FOLDER=PYTHON for one whose packages lie in a folder (`pip install --target`).
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from work import WORKS, cores, flops
+
+HERE = Path(__file__).parent
+SCRIPTS = {
+    "fedcl": "ours.py",
+    "floor": "floor.py",
+    "drjax": "drjax_peer.py",
+    "fedjax": "fedjax_peer.py",
+    "torch": "plain_torch.py",
+    "pfl": "pfl_peer.py",
+    "flower": "flower_peer.py",
+}
+TOLERANCE = 1e-4
+
+
+def one(python: str, script: str, *options: str) -> dict:
+    """One process of a peer."""
+    folder, _, python = python.rpartition("=")
+    command = [python, str(HERE / script), *options, "--born", repr(time.time())]
+    env = {**os.environ, "PYTHONPATH": folder} if folder else None
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-2000:]}")
+    said = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return json.loads(said[-1])
+
+
+def matmul_rate(size: int = 1024) -> float:
+    """This machine's float32 GFLOP/s, of square products."""
+    import jax
+    import jax.numpy as jnp
+
+    a = jnp.ones((size, size))
+    fn = jax.jit(lambda a, b: a @ b)
+    fn(a, a).block_until_ready()
+    seconds = []
+    for _ in range(20):
+        start = time.perf_counter()
+        fn(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds) / 1e9
+
+
+def compare(work: str, peers: dict[str, str], repeats: int) -> list[dict]:
+    """One row per peer, medians over the repeats, and one of the matmul rate."""
+    runs: dict[str, list[dict]] = {name: [] for name in peers}
+    rates = []
+    for _ in range(repeats):
+        for name, python in peers.items():
+            told = one(python, SCRIPTS[name], work)
+            runs[name].append(told)
+            print(f"{work} {name} {told['round']:.4g} s a round", file=sys.stderr)
+        rates.append(matmul_rate())
+    rate = statistics.median(rates)
+    rows = []
+    for name, told in runs.items():
+        keys = ("ready", "compile", "round", "cpu", "gflops", "peak_mb")
+        row = {key: statistics.median(run[key] for run in told) for key in keys}
+        row |= {"least": min(run["round"] for run in told)}
+        row |= {"work": work, "peer": name, "share": row["gflops"] / rate}
+        rows.append(row | {"versions": told[0]["versions"], "n": repeats})
+    return [*rows, {"work": work, "peer": "matmul", "gflops": rate}]
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown; the last column but one is how many times as fast fedcl is."""
+    lines = [
+        "| work | peer | ready s | compile s | s / round | least | core s | peer / fedcl "
+        "| GFLOP/s | of matmul | peak MB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    ours = {row["work"]: row["round"] for row in rows if row["peer"] == "fedcl"}
+    for r in rows:
+        if r["peer"] == "matmul":
+            lines.append(f"| | matmul | | | | | | | {r['gflops']:.0f} | | |")
+            continue
+        ratio = f"{r['round'] / ours[r['work']]:.2f}" if r["work"] in ours else ""
+        lines.append(
+            f"| {r['work']} | {r['peer']} | {r['ready']:.1f} | {r['compile']:.1f} "
+            f"| {r['round']:.4g} | {r['least']:.4g} | {r['cpu']:.4g} | {ratio} "
+            f"| {r['gflops']:.1f} | {r['share']:.0%} | {r['peak_mb']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def check(work: str, peers: dict[str, str]) -> dict[str, float]:
+    """Largest difference of a trained weight from fedcl's after one round."""
+    with tempfile.TemporaryDirectory() as folder:
+        ends = {}
+        for name, python in peers.items():
+            file = str(Path(folder) / f"{name}.npz")
+            one(python, SCRIPTS[name], work, "--rounds", "1", "--save", file)
+            ends[name] = dict(np.load(file))
+    gaps = {}
+    for name, end in ends.items():
+        assert set(end) == set(ends["fedcl"]), (name, sorted(end))
+        each = (np.max(np.abs(end[path] - v)) for path, v in ends["fedcl"].items())
+        gaps[name] = float(max(each))
+    return gaps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--works", nargs="+", choices=WORKS, default=["mlp", "cnn", "vit"]
+    )
+    parser.add_argument("--peers", nargs="+", choices=SCRIPTS, help="of those given")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--check", action="store_true", help="weights, not seconds")
+    parser.add_argument("--json", help="write every figure to this file")
+    for name in ("drjax", "fedjax", "torch", "pfl", "flower"):
+        parser.add_argument(f"--{name}", help=f"a Python that has {name}")
+    given = parser.parse_args()
+    peers = {"fedcl": sys.executable, "floor": sys.executable}
+    others = {name: getattr(given, name) for name in SCRIPTS if name not in peers}
+    peers |= {name: python for name, python in others.items() if python}
+    peers = {name: p for name, p in peers.items() if name in (given.peers or peers)}
+    if given.check:
+        for work in given.works:
+            gaps = check(work, peers)
+            print(work, *(f"{name} {gap:.1e}" for name, gap in gaps.items()))
+            assert max(gaps.values()) <= TOLERANCE, gaps
+        return
+    rows = []
+    for work in given.works:
+        rows += compare(work, peers, given.repeats)
+        print(f"{work}: {flops(WORKS[work]) / 1e9:.1f} GFLOP a round", file=sys.stderr)
+    print(
+        f"{platform.processor() or platform.machine()}, {cores()} cores, n = "
+        f"{given.repeats}"
+    )
+    print(table(rows))
+    for row in rows:
+        if row["work"] == given.works[0] and "versions" in row:
+            print(row["peer"], *(f"{k} {v}" for k, v in row["versions"].items()))
+    if given.json:
+        Path(given.json).write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The floor: one JAX program written for the work by hand, all rounds in a scan.
+
+No masks, metrics, keys or state of clients: what a round costs at the least in JAX.
+"""
+
+import functions
+import jax
+import jax.numpy as jnp
+import nets
+import numpy as np
+from work import ORDERS, Peer, Work, measure, rows_of
+
+
+def prepare(work: Work) -> Peer:
+    flat, rows = nets.weights(work.net), rows_of(work)
+    phi = {path: v for path, v in flat.items() if nets.trained(work.net, path)}
+    theta = {path: v for path, v in flat.items() if path not in phi}
+    local = functions.local_of(work.net, work.rate)
+
+    @jax.jit
+    def run(phi, theta, rows):
+        def round_(phi, given):
+            t, who = given
+            index = rows.order[who, t % ORDERS]  # [C, S, B]
+            one = lambda i: local(phi, theta, rows.x[i], rows.y[i])
+            return mean(one, index, phi, work.schedule), None
+
+        ts = jnp.arange(rows.who.shape[0])
+        return jax.lax.scan(round_, phi, (ts, rows.who))[0]
+
+    given = jax.device_put((phi, theta, rows))
+    go = lambda: jax.block_until_ready(run(*given))
+    return Peer(go, lambda end: jax.tree.map(np.asarray, end))
+
+
+def mean(one, index, phi, schedule):
+    """The mean of `one` over the clients, some at a time and added up."""
+    size = {"vmap": len(index), "scan": 1}.get(schedule, schedule)
+
+    def add(total, index):
+        ends = jax.vmap(one)(index) if size > 1 else one(index[0])
+        ones = jnp.ones(size)
+        added = lambda a, e: a + (jnp.einsum("c,c...->...", ones, e) if size > 1 else e)
+        return jax.tree.map(added, total, ends), None
+
+    chunks = index.reshape(-1, size, *index.shape[1:])
+    total = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, phi), chunks)[0]
+    return jax.tree.map(lambda p: p / len(index), total)
+
+
+if __name__ == "__main__":
+    measure("floor", ["jax"], prepare)
