@@ -286,9 +286,9 @@ def model(e: Experiment, rows: Table) -> Any:
     if e.model.kind == "encoder":
         return _encoder.model(e, outputs)
     if e.model.kind == "mlp":
-        sizes = (int(np.prod(rows.shape)), *options["hidden"], outputs)
-        made = models.mlp(sizes, dropout=options["dropout"], init=options["init"])
-        wide = options["projection"]
+        sizes = (int(np.prod(rows.shape)), *options.pop("hidden"), outputs)
+        wide, act = options.pop("projection"), options.pop("activation")
+        made = models.mlp(sizes, getattr(jax.nn, act), **options)
         return models.random_projection(made, wide) if wide else made
     image = rows.shape if len(rows.shape) == 3 else (*rows.shape, 1)
     build = getattr(models, e.model.kind)

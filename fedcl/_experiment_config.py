@@ -239,6 +239,7 @@ class Tuned(Section):
 class Mlp(Tuned):
     kind: Literal["mlp"] = "mlp"
     hidden: list[Count] = Field(default_factory=lambda: [64])
+    activation: Literal["relu", "sigmoid", "tanh"] = "relu"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     init: Literal["lecun", "torch"] = "lecun"
     projection: NonNegativeInt = 0  # Random features before the head; 0: none.

@@ -161,5 +161,5 @@ def test_summary_is_json_with_every_key(tmp_path):
         "average forgetting bwt anytime worst_client bytes_up bytes_down rounds seconds"
     )
     for values in summary["arms"].values():
-        assert all(set(values[k]) == {"mean", "std"} for k in keys.split())
+        assert all(set(values[k]) == {"mean", "std", "each"} for k in keys.split())
         assert 0 <= values["average"]["mean"] <= 1
