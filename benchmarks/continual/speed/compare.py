@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--torch", required=True, help="a Python that has PyTorch")
     parser.add_argument("--avalanche", help="a Python that has avalanche-lib")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--works", nargs="*", default=["er", "derpp"])
     given = parser.parse_args()
     peers = {"fedcl": (sys.executable, "ours.py")}
     peers["torch"] = (given.torch, "plain_torch.py")
@@ -56,7 +57,7 @@ def main() -> None:
         peers["avalanche"] = (given.avalanche, "avalanche_peer.py")
     print("| work | peer | start-up s | run s | GFLOP/s | torch / peer |")
     print("|---|---|---|---|---|---|")
-    for work in ("er", "derpp"):
+    for work in given.works:
         runs: dict[str, list[dict]] = {name: [] for name in peers}
         rates = []
         for _ in range(given.repeats):
