@@ -1,14 +1,14 @@
 """The program of a run: what `fedcl.run` runs and `fedcl.memory.report` asks about."""
 
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fedcl import _engine, _hosts, base, cohorts, phases, tree
+from fedcl import _engine, _hosts, _once, base, cohorts, phases, tree
 
 PyTree = Any
 
@@ -133,7 +133,7 @@ def parts_of(
     return tuple(algorithm)
 
 
-@lru_cache(maxsize=64)  # The same phase again is the same program.
+@_once.remembered  # The same phase again is the same program.
 def _alone(algorithm, cohort, schedule, mesh) -> tuple[phases.Phase, ...]:
     """The round of an `Algorithm`."""
     return (phases.federated(algorithm, cohort=cohort, schedule=schedule, mesh=mesh),)

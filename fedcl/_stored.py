@@ -1,6 +1,5 @@
 """Rounds whose clients' states come from a store, see `fedcl.store`."""
 
-import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedcl import _engine, base, cohorts
+from fedcl import _engine, _once, base, cohorts
 from fedcl._host import History, Options, drive
 
 PyTree = Any
@@ -61,7 +60,7 @@ def draw(data: PyTree, client: jax.Array) -> base.Visit:
     return _engine.visit_of(stream, key, client, t)
 
 
-@functools.lru_cache(maxsize=16)
+@_once.remembered
 def one_round(algorithm, visit: Callable, schedule: _engine.Schedule, n: int):
     """`(server, rows [C, ...], cohort, data, members) -> (server, rows, metrics)`."""
     apply = _engine.cohort_fn(algorithm, visit, schedule, None)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import fedcl
-from fedcl import _program, algorithms, cohorts, phases, testing, tree
+from fedcl import _program, algorithms, cohorts, metrics, phases, testing, tree
 from fedcl.rounds import FaultError
 from fedcl.tpu import mesh
 from tests.problems import many, replaying
@@ -90,6 +90,34 @@ def test_an_algorithm_that_runs_again_is_not_compiled_again(problem):
     before = _program._compiled._cache_size()
     go(problem, algorithm)
     assert _program._compiled._cache_size() == before
+
+
+class Unhashable:
+    """A hook as an object that compares by value, such as a dataclass."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, fn):
+        self.fn = fn
+
+    def __eq__(self, other):
+        return self is other
+
+    def __call__(self, *args):
+        return self.fn(*args)
+
+
+def test_hooks_need_no_hash(problem):
+    p = problem
+    plain = algorithms.fedavg(p.loss_fn, optax.sgd(0.1), transform=replaying())
+    other = plain._replace(client_update=Unhashable(plain.client_update))
+    assert_close(go(p, other)[0], go(p, plain)[0], 0)
+    before = _program._compiled._cache_size()
+    go(p, other)
+    assert _program._compiled._cache_size() == before
+    state = other.init(p.params, p.stream.example(), p.stream.num_clients)
+    told = [metrics.communication(a, state, p.stream) for a in (other, plain)]
+    assert told[0] == told[1]
 
 
 def test_seeds_by_vmap_are_separate_runs(problem):
