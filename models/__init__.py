@@ -22,6 +22,7 @@ from fedcl.models._clip import clip as clip
 from fedcl.models._clip import clip_text as clip_text
 from fedcl.models._conv import PatchConv as PatchConv
 from fedcl.models._conv import convnet as convnet
+from fedcl.models._conv import pooled as pooled
 from fedcl.models._decoder import DecoderConfig as DecoderConfig
 from fedcl.models._decoder import decoder as decoder
 from fedcl.models._dual_adapters import dual_adapters as dual_adapters

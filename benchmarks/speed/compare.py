@@ -24,8 +24,10 @@ import numpy as np
 from work import WORKS, cores, flops
 
 HERE = Path(__file__).parent
+# Of each peer, the script and options; "fedcl-devices" makes each core a device.
 SCRIPTS = {
     "fedcl": "ours.py",
+    "fedcl-devices": f"ours.py --devices {cores()}",
     "floor": "floor.py",
     "drjax": "drjax_peer.py",
     "fedjax": "fedjax_peer.py",
@@ -39,7 +41,8 @@ TOLERANCE = 1e-4
 def one(python: str, script: str, *options: str) -> dict:
     """One process of a peer."""
     folder, _, python = python.rpartition("=")
-    command = [python, str(HERE / script), *options, "--born", repr(time.time())]
+    words = [*script.split(), *options, "--born", repr(time.time())]
+    command = [python, str(HERE / words[0]), *words[1:]]
     env = {**os.environ, "PYTHONPATH": folder} if folder else None
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
     if done.returncode:
@@ -134,7 +137,7 @@ def main() -> None:
     for name in ("drjax", "fedjax", "torch", "pfl", "flower"):
         parser.add_argument(f"--{name}", help=f"a Python that has {name}")
     given = parser.parse_args()
-    peers = {"fedcl": sys.executable, "floor": sys.executable}
+    peers = dict.fromkeys(("fedcl", "fedcl-devices", "floor"), sys.executable)
     others = {name: getattr(given, name) for name in SCRIPTS if name not in peers}
     peers |= {name: python for name, python in others.items() if python}
     peers = {name: p for name, p in peers.items() if name in (given.peers or peers)}

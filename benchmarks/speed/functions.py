@@ -58,7 +58,8 @@ def _cnn(w: Weights, x: jax.Array) -> jax.Array:
     x = _conv(w, "convs/1/linear", x)
     height, width, depth = x.shape[1:]
     x = x.reshape(rows, height // 2, 2, width // 2, 2, depth)
-    x = jax.nn.relu(jnp.max(x, axis=(2, 4))).reshape(rows, -1)
+    left, right = (jnp.maximum(x[:, :, 0, :, j], x[:, :, 1, :, j]) for j in (0, 1))
+    x = jax.nn.relu(jnp.maximum(left, right)).reshape(rows, -1)
     return _dense(w, "head", jax.nn.relu(_dense(w, "dense", x)))
 
 
@@ -94,7 +95,7 @@ def _vit(net: nets.ViT, w: Weights, x: jax.Array) -> jax.Array:
         up = jax.nn.gelu(_dense(w, "mlp/up", _norm(w, "norm2", h)))
         return h + _dense(w, "mlp/down", up), None
 
-    h = jax.lax.scan(block, h.reshape(rows * t, d), blocks)[0]
+    h = jax.lax.scan(block, h.reshape(rows * t, d), blocks, unroll=net.depth)[0]
     h = _norm(w, "norm", h).reshape(rows, t, d)
     return _dense(w, "head", jnp.mean(h, axis=1))
 

@@ -13,7 +13,7 @@ from flax import nnx
 from work import ORDERS, Peer, Rows, Work, measure, rows_of
 
 import fedcl
-from fedcl import algorithms, cohorts, losses, models, phases, tree
+from fedcl import algorithms, cohorts, losses, models, phases, tpu, tree
 
 
 @jax.tree_util.register_dataclass
@@ -62,13 +62,10 @@ class ConvNet(nnx.Module):
         self.convs = nnx.List([first, models.PatchConv(one, two, 3, **options)])
         self.dense = nnx.Linear(math.prod(net.pooled), net.dense, rngs=rngs)
         self.head = nnx.Linear(net.dense, net.classes, rngs=rngs)
-        self.pooled = net.pooled
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x = self.convs[1](jax.nn.relu(self.convs[0](x)))
-        height, width, depth = self.pooled
-        x = jnp.max(x.reshape(-1, height, 2, width, 2, depth), axis=(2, 4))
-        x = jax.nn.relu(x).reshape(x.shape[0], -1)
+        x = jax.nn.relu(models.pooled(x, 2, "max")).reshape(x.shape[0], -1)
         return self.head(jax.nn.relu(self.dense(x)))
 
 
@@ -82,8 +79,10 @@ def prepare(work: Work) -> Peer:
     algorithm = algorithms.fedavg(loss, optax.sgd(work.rate))
     state = algorithm.init(phi, stream.example(), work.clients, theta)
     cohort = cohorts.everyone() if work.cohort is None else sampler(rows)
-    parts = [phases.federated(algorithm, cohort=cohort, schedule=work.schedule)]
-    options: Any = {"rounds": work.rounds, "every": work.rounds}
+    where = tpu.mesh(work.devices) if work.devices > 1 else None
+    spread: Any = {"schedule": work.schedule, "mesh": where}
+    parts = [phases.federated(algorithm, cohort=cohort, **spread)]
+    options: Any = {"rounds": work.rounds, "every": work.rounds, "mesh": where}
 
     def go():
         end = fedcl.run(parts, state, stream, key=jax.random.key(0), **options)[0]
@@ -111,7 +110,7 @@ def model_of(net: nets.Net) -> tuple[models.Model, Any]:
         params = jax.eval_shape(model.init, jax.random.key(0))
     else:
         sizes = (net.image, net.patch, net.width, net.depth, net.heads, net.classes)
-        base = models.vit(*sizes)
+        base = models.vit(*sizes, unroll=True)
         model, params = models.lora(
             base,
             base.init(jax.random.key(0)),

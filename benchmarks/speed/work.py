@@ -27,6 +27,7 @@ class Work(NamedTuple):
     cohort: int | None = None  # None: all clients in every round.
     rows: int = 100  # Of each client.
     schedule: str | int = "vmap"  # How the JAX programs take the clients.
+    devices: int = 1  # Over which fedcl spreads them.
 
     @property
     def size(self) -> int:
@@ -35,8 +36,8 @@ class Work(NamedTuple):
 
 WORKS = {
     "mlp": Work(nets.MLP(), 50, 10, 10, 0.1, 20, schedule="scan"),
-    "cnn": Work(nets.CNN(), 10, 20, 20, 0.05, 1),
-    "vit": Work(nets.ViT(), 16, 5, 8, 0.01, 1),
+    "cnn": Work(nets.CNN(), 10, 20, 20, 0.05, 1, schedule="scan"),
+    "vit": Work(nets.ViT(), 16, 5, 8, 0.01, 1, schedule="scan"),
     # pfl-research's CIFAR10-IID setting, on noise of the same shape.
     "cifar10": Work(nets.CNN((32, 32, 3), classes=10), 1000, 5, 10, 0.1, 1500, 50, 50),
 }
@@ -99,11 +100,15 @@ def measure(
     parser.add_argument("work", choices=WORKS)
     parser.add_argument("--rounds", type=int, help="instead of the work's own")
     parser.add_argument("--schedule", help="instead of the work's own")
+    parser.add_argument("--devices", type=int, default=1, help="that a CPU is")
     parser.add_argument("--save", help="write the trained weights, .npz")
     parser.add_argument("--born", type=float, default=time.time(), help="by compare.py")
     given = parser.parse_args()
     work = WORKS[given.work]
-    work = work._replace(rounds=given.rounds or work.rounds)
+    work = work._replace(rounds=given.rounds or work.rounds, devices=given.devices)
+    if given.devices > 1:  # Before JAX first computes.
+        flag = f"--xla_force_host_platform_device_count={given.devices}"
+        os.environ["XLA_FLAGS"] = flag
     if given.schedule:
         of = given.schedule
         work = work._replace(schedule=int(of) if of.isdigit() else of)
