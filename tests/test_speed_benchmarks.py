@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -78,3 +79,17 @@ def test_a_table_compares_peers_with_ours(script):
         [*rows, {"work": "mlp", "peer": "matmul", "gflops": 100.0}]
     ).splitlines()
     assert "| 1.00 |" in ours and "| 0.50 |" in floor and "| 100 |" in rate
+
+
+def test_a_language_round_is_counted_and_timed(script, monkeypatch, capsys):
+    language = script("language")
+    tiny = language.models.DecoderConfig(vocab=11, width=8, depth=2, heads=2, hidden=16)
+    monkeypatch.setitem(language.CONFIGS, "small", tiny)
+    words = "language --clients 2 --batch 1 --tokens 6 --size 8 --repeats 1".split()
+    monkeypatch.setattr(sys, "argv", words)
+    language.main()
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    frozen = 11 * 8 + 2 * (4 * 8 * 8 + 3 * 8 * 16)
+    adapters = 2 * 2 * (8 * 8 + 8 * 8)
+    token = 4 * frozen + 6 * adapters + 6 * 2 * 2 * 6 * 8
+    assert np.isclose(told["gflops"] * told["round"] * 1e9, 2 * 2 * 6 * token)

@@ -51,12 +51,12 @@ def one(python: str, script: str, *options: str) -> dict:
     return json.loads(said[-1])
 
 
-def matmul_rate(size: int = 1024) -> float:
-    """This machine's float32 GFLOP/s, of square products."""
+def matmul_rate(size: int = 1024, dtype: str = "float32") -> float:
+    """This machine's GFLOP/s, of square products."""
     import jax
     import jax.numpy as jnp
 
-    a = jnp.ones((size, size))
+    a = jnp.ones((size, size), dtype)
     fn = jax.jit(lambda a, b: a @ b)
     fn(a, a).block_until_ready()
     seconds = []

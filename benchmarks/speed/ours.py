@@ -21,8 +21,7 @@ from fedcl import algorithms, cohorts, losses, models, phases, tpu, tree
 class Given:
     """A stream whose rows and their order are given, the same for all peers."""
 
-    x: jax.Array
-    y: jax.Array
+    rows: dict[str, jax.Array]  # [M, ...] each.
     order: jax.Array  # [N, ORDERS, S, B]
 
     ragged = False
@@ -33,8 +32,8 @@ class Given:
 
     def sample(self, key, client, round):
         index = self.order[client, round % ORDERS]
-        mask = jnp.ones(index.shape)
-        return {"x": self.x[index], "y": self.y[index], "mask": mask}
+        taken = {name: a[index] for name, a in self.rows.items()}
+        return taken | {"mask": jnp.ones(index.shape)}
 
     def task(self, client, round):
         return jnp.int32(0)
@@ -49,7 +48,7 @@ class Given:
         batch = self.order.shape[-1:]
         row = lambda a: jax.ShapeDtypeStruct((*batch, *a.shape[1:]), a.dtype)
         mask = jax.ShapeDtypeStruct(batch, jnp.float32)
-        return {"x": row(self.x), "y": row(self.y), "mask": mask}
+        return {name: row(a) for name, a in self.rows.items()} | {"mask": mask}
 
 
 class ConvNet(nnx.Module):
@@ -74,7 +73,8 @@ def prepare(work: Work) -> Peer:
     own = lambda path: nets.trained(work.net, path)
     phi, theta = tree.partition(params, own)
     rows = rows_of(work)
-    stream = Given(*map(jnp.asarray, (rows.x, rows.y, rows.order)))
+    given = {"x": jnp.asarray(rows.x), "y": jnp.asarray(rows.y)}
+    stream = Given(given, jnp.asarray(rows.order))
     loss = losses.softmax(model.apply)
     algorithm = algorithms.fedavg(loss, optax.sgd(work.rate))
     state = algorithm.init(phi, stream.example(), work.clients, theta)
