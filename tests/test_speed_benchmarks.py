@@ -85,8 +85,9 @@ def test_a_language_round_is_counted_and_timed(script, monkeypatch, capsys):
     language = script("language")
     tiny = language.models.DecoderConfig(vocab=11, width=8, depth=2, heads=2, hidden=16)
     monkeypatch.setitem(language.CONFIGS, "small", tiny)
-    words = "language --clients 2 --batch 1 --tokens 6 --size 8 --repeats 1".split()
-    monkeypatch.setattr(sys, "argv", words)
+    options = {"clients": 2, "batch": 1, "tokens": 6, "size": 8, "repeats": 1}
+    words = [f"--{name}={value}" for name, value in options.items()]
+    monkeypatch.setattr(sys, "argv", ["language", *words])
     language.main()
     told = json.loads(capsys.readouterr().out.splitlines()[-1])
     frozen = 11 * 8 + 2 * (4 * 8 * 8 + 3 * 8 * 16)

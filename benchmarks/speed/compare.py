@@ -51,20 +51,23 @@ def one(python: str, script: str, *options: str) -> dict:
     return json.loads(said[-1])
 
 
-def matmul_rate(size: int = 1024, dtype: str = "float32") -> float:
-    """This machine's GFLOP/s, of square products."""
+def matmul_rate(
+    shape: tuple[int, int, int] = (1024, 1024, 1024), dtype: str = "float32"
+) -> float:
+    """This machine's GFLOP/s, of m × k by k × n products."""
     import jax
     import jax.numpy as jnp
 
-    a = jnp.ones((size, size), dtype)
+    m, k, n = shape
+    a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
     fn = jax.jit(lambda a, b: a @ b)
-    fn(a, a).block_until_ready()
+    fn(a, b).block_until_ready()
     seconds = []
     for _ in range(20):
         start = time.perf_counter()
-        fn(a, a).block_until_ready()
+        fn(a, b).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds) / 1e9
+    return 2 * m * k * n / min(seconds) / 1e9
 
 
 def compare(work: str, peers: dict[str, str], repeats: int) -> list[dict]:

@@ -89,7 +89,8 @@ def main() -> None:
 
     first = seconds()
     runs = [
-        (seconds(), matmul_rate(given.size, given.dtype)) for _ in range(given.repeats)
+        (seconds(), matmul_rate((given.size,) * 3, given.dtype))
+        for _ in range(given.repeats)
     ]
     middle, rate = map(statistics.median, zip(*runs, strict=True))
     tokens = given.clients * given.steps * given.batch * given.tokens

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import optax
-from work import Work, measure, mnist
+from replay import Work, measure, mnist
 
 import fedcl
 from fedcl import algorithms, losses, models, streams

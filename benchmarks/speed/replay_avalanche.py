@@ -13,9 +13,9 @@ from avalanche.benchmarks.utils import as_classification_dataset, make_avalanche
 from avalanche.benchmarks.utils.data_attribute import DataAttribute
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from avalanche.training.supervised import DER, Naive
+from replay import Work, measure, mnist
 from torch import nn
 from torch.utils.data import TensorDataset
-from work import Work, measure, mnist
 
 
 def prepare(work: Work, data: str) -> Callable[[], None]:

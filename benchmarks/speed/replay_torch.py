@@ -4,9 +4,9 @@ import itertools
 from collections.abc import Callable
 
 import torch
+from replay import Work, measure, mnist
 from torch import nn
 from torch.nn import functional
-from work import Work, measure, mnist
 
 
 class Reservoir:
