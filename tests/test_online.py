@@ -103,8 +103,10 @@ class TestRoundsAreTheSpecialCase:
         outcomes = [r.outcome for r in reports]
         assert outcomes.count("lost") > 1 and server.totals.accepted > 3
         assert server.version == np.any(history.rounds["reported"], axis=1).sum()
-        assert_same(server.params, want.server.params)
-        assert_same(server.state().clients, want.clients)
+        # Of so many methods the two programs may round a product differently.
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+        jax.tree.map(close, server.params, want.server.params)
+        jax.tree.map(close, server.state().clients, want.clients)
 
 
 FEDBUFF = aggregation.server(aggregation.mean(), optax.sgd(0.7))
