@@ -22,7 +22,7 @@ import numpy as np
 import optax
 from compare import matmul_rate
 from ours import Given
-from work import ORDERS, peak
+from work import ORDERS, peak, schedule
 
 import fedcl
 from fedcl import algorithms, losses, models, phases, tree
@@ -54,13 +54,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--batch", type=int, default=4, help="rows of a client's step")
     parser.add_argument("--tokens", type=int, default=128, help="of a row")
-    parser.add_argument("--schedule", default="vmap")
+    parser.add_argument("--schedule", type=schedule, default="vmap")
     parser.add_argument("--size", type=int, default=1024, help="of the square products")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     config = CONFIGS[given.model]
-    schedule = int(given.schedule) if given.schedule.isdigit() else given.schedule
-
     dtype = jnp.dtype(given.dtype)
     base = models.decoder(config, dtype=dtype, param_dtype=dtype, unroll=True)
     model, params = models.lora(
@@ -79,7 +77,7 @@ def main() -> None:
     stream = Given({"tokens": jnp.asarray(rows)}, order)
     algorithm = algorithms.fedavg(losses.next_token(model.apply), optax.sgd(0.01))
     state = algorithm.init(phi, stream.example(), given.clients, theta)
-    parts = [phases.federated(algorithm, schedule=schedule)]
+    parts = [phases.federated(algorithm, schedule=given.schedule)]
 
     def seconds() -> float:
         start = time.perf_counter()

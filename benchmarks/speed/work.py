@@ -99,7 +99,7 @@ def measure(
     parser = argparse.ArgumentParser()
     parser.add_argument("work", choices=WORKS)
     parser.add_argument("--rounds", type=int, help="instead of the work's own")
-    parser.add_argument("--schedule", help="instead of the work's own")
+    parser.add_argument("--schedule", type=schedule, help="instead of the work's own")
     parser.add_argument("--devices", type=int, default=1, help="that a CPU is")
     parser.add_argument("--save", help="write the trained weights, .npz")
     parser.add_argument("--born", type=float, default=time.time(), help="by compare.py")
@@ -110,8 +110,7 @@ def measure(
         flag = f"--xla_force_host_platform_device_count={given.devices}"
         os.environ["XLA_FLAGS"] = flag
     if given.schedule:
-        of = given.schedule
-        work = work._replace(schedule=int(of) if of.isdigit() else of)
+        work = work._replace(schedule=given.schedule)
     peer = prepare(work)
     ready = time.time() - given.born
     told, end = run(peer)
@@ -127,6 +126,11 @@ def measure(
         "gflops": work.rounds * flops(work) / told["second"] / 1e9,
     }
     print(json.dumps(told))
+
+
+def schedule(word: str) -> str | int:
+    """A schedule as a command line has it: its name, or the size of a chunk."""
+    return int(word) if word.isdigit() else word
 
 
 def run(peer: Peer) -> tuple[dict[str, Any], Any]:
