@@ -139,4 +139,6 @@ def revised_head(
         state = state._replace(server=state.server._replace(params=params))
         return state, statistic.merge(memory, now), {"clients": clients}
 
-    return phases.Phase((), name, init, apply, switch or phases.context_ends())
+    sums = lambda params: (statistic.init(params, None), ())
+    switch = switch or phases.context_ends()
+    return phases.Phase((), name, init, apply, switch, sums=sums)

@@ -81,7 +81,13 @@ def lorm_contexts(
         new = tree.where(clients > 0, server, state.server)
         return state._replace(server=new), memory, {"clients": clients}
 
-    return phases.Phase((), name, init, apply, switch or phases.context_ends())
+    def sums(params):
+        """Grams up; down, what each layer's accumulator becomes."""
+        each = map(_empty, low.adapters(params).values())
+        return tuple(zip(*each, strict=True))
+
+    switch = switch or phases.context_ends()
+    return phases.Phase((), name, init, apply, switch, sums=sums)
 
 
 def _statistic(gram_loss: base.LossFn) -> statistics.Statistic:

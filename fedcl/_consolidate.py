@@ -54,8 +54,12 @@ def consolidate(
         clients = state.clients._replace(memory=memories)
         return state._replace(clients=clients), memory, {"clients": ends}
 
+    def sums(params):
+        value = statistic.init(params, None)
+        return value, statistic.solve(value)
+
     init = lambda data, state: ()
-    return Phase((), name, init, apply, switch or context_ends())
+    return Phase((), name, init, apply, switch or context_ends(), sums=sums)
 
 
 def solve(
@@ -112,7 +116,10 @@ def solve(
         return state._replace(server=state.server._replace(params=params))
 
     serve = None if commit else _written
-    return Phase((), name, init, apply, switch or context_ends(), serve=serve)
+    sums = lambda params: (statistic.init(params, None), ())
+    return Phase(
+        (), name, init, apply, switch or context_ends(), serve=serve, sums=sums
+    )
 
 
 def sum_over_clients(

@@ -48,8 +48,7 @@ def values(e: Any, setup: "Setup", arm: "Arm", mine: dict[str, Any]) -> dict[str
     one = partial(_one_seed, e.evaluation.forgetting)
     found = jax.jit(jax.vmap(one, (0, None)))(mine["nats"], where)
     last = np.nanmax(mine["per_client"][:, -1], axis=1)
-    up = mine["reported"].sum(axis=1) * arm.sent.up
-    down = mine["trained"].sum(axis=1) * arm.sent.down
+    up, down = arm.travelled(e.stream.clients)
     steps = metrics.local_steps(arm.history.rounds)
     length = setup.stream.data["tokens"].shape[1]
     tokens = steps * (setup.stream.batch_size * length)

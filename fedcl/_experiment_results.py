@@ -35,9 +35,8 @@ MEANING = {
     "worst_decile": "mean of the lowest tenth of the clients' accuracies",
     "client_std": "standard deviation of the clients' accuracies",
     "bytes_kept": "bytes that one client keeps between its visits",
-    "bytes_up": "bytes that all clients sent in the whole run, sums for phases after "
-    "the federated one not counted",
-    "bytes_down": "bytes that all clients received in the whole run, likewise",
+    "bytes_up": "bytes that all clients sent in the whole run",
+    "bytes_down": "bytes that all clients received in the whole run",
     "local_steps": "local steps of all clients in the whole run",
     "rounds": "rounds",
     "public_steps": "steps that the server took on its own rows",
@@ -57,8 +56,20 @@ class Arm(NamedTuple):
 
     history: rounds.History
     sent: metrics.Communication
+    summed: dict[str, metrics.Sums]
     kept: int
     seconds: float
+
+    def travelled(self, clients: int) -> tuple[np.ndarray, np.ndarray]:
+        """Bytes that all clients sent, and received, in the whole run; [S] each."""
+        told = self.history.rounds
+        count = lambda key: told[key].sum(axis=(1, 2))
+        up, down = count("reported") * self.sent.up, count("trained") * self.sent.down
+        for name, one in self.summed.items():
+            took = told[f"{name}/clients"]
+            up = up + took.sum(axis=1) * one.up
+            down = down + (took > 0).sum(axis=1) * clients * one.down
+        return up, down
 
 
 def prepare(out: Path, e: "Experiment", resume: bool) -> Path:
@@ -156,11 +167,11 @@ def _values(e, setup: "Setup", arm: Arm, mine, chance: float) -> dict[str, np.nd
     last = mine["per_client"][:, -1]
     rule = e.evaluation.forgetting
     values = _all_seeds(mine["accuracy"], last, where, seen, chance, convention=rule)
-    seeds = len(e.seeds)
+    seeds, (up, down) = len(e.seeds), arm.travelled(e.stream.clients)
     fixed = {
         "bytes_kept": np.full(seeds, arm.kept),
-        "bytes_up": mine["reported"].sum(axis=1) * arm.sent.up,
-        "bytes_down": mine["trained"].sum(axis=1) * arm.sent.down,
+        "bytes_up": up,
+        "bytes_down": down,
         "local_steps": metrics.local_steps(arm.history.rounds),
         "rounds": np.full(seeds, mine["loss"].shape[1]),
         "public_steps": mine["public_steps"],

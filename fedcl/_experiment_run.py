@@ -346,7 +346,7 @@ def _arm(
     tell: Tell,
     told: Callable,
 ) -> _results.Arm:
-    start = time.perf_counter()
+    start, arm = time.perf_counter(), e.arms[name]
     total = ready.stream.num_rounds
     tell(Event(arm=name, rounds=total))
 
@@ -360,13 +360,13 @@ def _arm(
         "evaluate": ready.evaluate,
         "every": e.evaluation.every,
     }
-    saved = functools.partial(_checkpoints, e, arm=e.arms[name], folder=folder)
+    saved = functools.partial(_checkpoints, e, arm=arm, folder=folder)
     more: dict[str, Any] = {
         "nonfinite": e.federation.nonfinite,
         "resume": resume,
         "progress": report,
     }
-    if e.arms[name].frozen:
+    if arm.frozen:
         history = _still(ready.state, **options)
     elif e.federation.store:
         history = _engine.in_files(e, name, ready, saved, told, **options, **more)
@@ -380,10 +380,12 @@ def _arm(
         ]
     one = jax.tree.map(lambda x: x[0], ready.state)
     sent = metrics.communication(ready.algorithm, one, ready.stream, ready.parts)
+    summed = metrics.sums(one.server.params, () if arm.frozen else ready.parts)
     kept = tree.size(
         jax.eval_shape(lambda c: tree.gather(c, jnp.int32(0)), one.clients)
     )
-    return _results.Arm(history, sent, kept, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return _results.Arm(history, sent, summed, kept, seconds)
 
 
 def _still(state, *, key, rounds: int, evaluate, every: int) -> History:

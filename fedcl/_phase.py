@@ -43,6 +43,8 @@ class Phase:
       serve: `(state, memory) -> state`, for evaluation alone; None: as it is.
       observe: `(memory, state) -> memory`, at the end of every round, when the state
         holds what the round's phases said (`server.news`) and its cohort sent.
+      sums: `(params) -> (sent, said)`, of a phase that sums over clients: what each that
+        takes part sends, and what everyone is told then; else None.
       federated: of a federated phase what it was built from, else None.
     """
 
@@ -54,6 +56,7 @@ class Phase:
     shards: int | None = dataclasses.field(default=None, metadata={"static": True})
     serve: Callable | None = dataclasses.field(default=None, metadata={"static": True})
     observe: Callable = dataclasses.field(default=_unmoved, metadata={"static": True})
+    sums: Callable | None = dataclasses.field(default=None, metadata={"static": True})
     federated: Federated | None = dataclasses.field(
         default=None, metadata={"static": True}
     )

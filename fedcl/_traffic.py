@@ -23,6 +23,13 @@ class Communication(NamedTuple):
     once: int  # What they leave as it is, θ above all: sent when a client joins.
 
 
+class Sums(NamedTuple):
+    """Bytes of one client in a round in which a phase sums over the clients."""
+
+    up: int  # The statistic, of each that takes part.
+    down: int  # What the phase tells everyone then, beside φ.
+
+
 def communication(
     algorithm: base.Algorithm,
     state: base.State,
@@ -58,6 +65,22 @@ def communication(
         kept = not moves and name != "news"
         once += size if kept and (is_read or name == "frozen") else 0
     return Communication(tree.size(message), down, once)
+
+
+def sums(params: base.Params, parts: Sequence[_phase.Phase]) -> dict[str, Sums]:
+    """Bytes that travel for phases such as `solve` and `consolidate`, by their names.
+
+    Args:
+      params: φ, arrays or `jax.ShapeDtypeStruct`s.
+      parts: the phases of the round.
+
+    Returns:
+      Of the phases that sum over the clients, bytes as stored. The phase's metric
+      "clients" says how many took part.
+    """
+    summing = ((p.name, p.sums) for p in parts if p.sums is not None)
+    shapes = ((name, jax.eval_shape(of, params)) for name, of in summing)
+    return {name: Sums(*map(tree.size, both)) for name, both in shapes}
 
 
 def _named(server: base.ServerState) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,9 @@ from jax.typing import ArrayLike
 from fedcl._evaluator import evaluator as evaluator
 from fedcl._evaluator import loss_evaluator as loss_evaluator
 from fedcl._traffic import Communication as Communication
+from fedcl._traffic import Sums as Sums
 from fedcl._traffic import communication as communication
+from fedcl._traffic import sums as sums
 
 
 def average_accuracy(R: ArrayLike) -> jax.Array:

@@ -164,6 +164,9 @@ def test_heads_on_a_frozen_encoder(news):
     (point,) = experiment.run(given).summary["points"].values()
     assert {"fedavg", "ncm"} == set(point["arms"])
     assert point["arms"]["ncm"]["average"]["mean"] > 0.5
+    plain, ncm = (point["arms"][a]["bytes_up"]["mean"] for a in ("fedavg", "ncm"))
+    visits, one = (ncm - plain) / (4 * 10 * (1 + 20)), 2 * 5  # Clients × contexts.
+    assert visits == one
 
 
 def test_adapters_in_the_encoder(news):

@@ -6,7 +6,16 @@ import optax
 import pytest
 from flax import nnx
 
-from fedcl import aggregation, metrics, models, phases, store, testing, tree
+from fedcl import (
+    aggregation,
+    metrics,
+    models,
+    phases,
+    statistics,
+    store,
+    testing,
+    tree,
+)
 from fedcl import algorithms as alg
 from fedcl import losses as fedcl_losses
 from fedcl.oracle import black_box
@@ -101,3 +110,21 @@ def test_a_store_changes_nothing(tmp_path):
     state = store.init(algorithm, P.params, example, n, tmp_path)
     kept = metrics.communication(algorithm, state, P.stream)
     assert kept == sent(algorithm)
+
+
+def test_sums_over_the_clients_are_sent():
+    """LDA's counts, sums and one matrix of the features up; a merged Fisher both ways."""
+    plain = alg.fedavg(P.loss_fn, optax.sgd(0.1))
+    lda = alg.slda(Y, F, head="")(P.loss_fn)
+    keep = lambda memory, params, fisher: memory
+    merged = phases.consolidate(statistics.fisher(), keep, P.loss_fn, name="fisher")
+    parts = (phases.federated(plain), lda, merged, alg.slca(Y, F, head="")(P.loss_fn))
+    told = metrics.sums(P.params, parts)
+    slda, slca = 4 * (Y + Y * F + F * F), 4 * Y * (1 + F + F * F)
+    assert told == {"slda": (slda, 0), "fisher": (PHI + 4, PHI), "slca": (slca, 0)}
+
+
+def test_a_merge_of_contexts_sends_grams_and_tells_the_base():
+    loss, phi, _ = adapted()
+    merge = alg.lorm_contexts(loss)
+    assert metrics.sums(phi, (merge,)) == {"lorm": (4 * F * F, 4 * F * Y)}
