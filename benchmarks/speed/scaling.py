@@ -43,17 +43,20 @@ def measure(axis: str, repeats: int) -> list[dict]:
 
 
 def plot(axis: str, rows: list[dict], file: str) -> None:
-    """Seconds and memory over the size, on logarithmic axes."""
+    """Seconds, on a logarithmic axis, and memory over the size."""
     from matplotlib.figure import Figure
 
     figure = Figure((8, 3), layout="constrained")
     sizes = [row[axis] for row in rows]
     labels = ("seconds of a run", "peak of the process's memory, MB")
     for ax, key, label in zip(figure.subplots(1, 2), KEYS, labels, strict=True):
-        ax.plot(sizes, [row[key] for row in rows], marker="o")
-        ax.set(xscale="log", xlabel=axis, ylabel=label, ylim=(0, None))
+        values = [row[key] for row in rows]
+        ax.plot(sizes, values, marker="o")
+        ax.set(xscale="log", xlabel=axis, ylabel=label)
         if key == "seconds":
-            ax.set(yscale="log", ylim=(None, None))
+            ax.set_yscale("log")
+        else:
+            ax.set_ylim(0, 1.2 * max(values))
     figure.savefig(file, dpi=150)
 
 

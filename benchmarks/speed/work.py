@@ -36,7 +36,7 @@ class Work(NamedTuple):
 
 WORKS = {
     "mlp": Work(nets.MLP(), 50, 10, 10, 0.1, 20, schedule="scan"),
-    "cnn": Work(nets.CNN(), 10, 20, 20, 0.05, 1, schedule="scan"),
+    "cnn": Work(nets.CNN(), 10, 20, 20, 0.01, 1, schedule="scan"),
     "vit": Work(nets.ViT(), 16, 5, 8, 0.01, 1, schedule="scan"),
     # pfl-research's CIFAR10-IID setting, on noise of the same shape.
     "cifar10": Work(nets.CNN((32, 32, 3), classes=10), 1000, 5, 10, 0.1, 1500, 50, 50),
