@@ -6,8 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+from fedcl import memory, tree
+from tests.memory import temporaries
 
 FOLDER = Path(__file__).parents[1] / "benchmarks" / "speed"
 OURS = {path.stem for path in FOLDER.glob("*.py")}
@@ -66,6 +70,18 @@ def test_the_continual_work_learns(script):
     )
     accuracy, _ = script("continual_ours").prepare(work)()
     assert accuracy > 0.4  # By chance 0.25.
+
+
+def test_the_memory_of_the_vit_work(script):
+    """Beside the base: every client's LoRA, and what one client's gradient needs."""
+    work = script("work").WORKS["vit"]
+    parts, state, stream, loss, _ = script("ours").federation(work)
+    phi, theta, example = state.server.params, state.server.frozen, stream.example()
+    whole = lambda p, t, b: loss(tree.merge(p, t), b, None)[0]
+    activations = temporaries(jax.grad(whole), phi, theta, example)
+    report = memory.report(parts, state, stream, key=jax.random.key(0), rounds=1)
+    most = tree.size(theta) + work.clients * tree.size(phi) + activations
+    assert report.parts["temporaries"] <= 1.2 * most
 
 
 def test_a_table_compares_peers_with_ours(script):

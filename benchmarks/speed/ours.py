@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +10,11 @@ import nets
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from work import ORDERS, Peer, Rows, Work, measure, rows_of
 
 import fedcl
-from fedcl import algorithms, cohorts, losses, models, phases, tpu, tree
+from fedcl import algorithms, base, cohorts, losses, models, phases, tpu, tree
 
 
 @jax.tree_util.register_dataclass
@@ -68,7 +69,17 @@ class ConvNet(nnx.Module):
         return self.head(jax.nn.relu(self.dense(x)))
 
 
-def prepare(work: Work) -> Peer:
+class Federation(NamedTuple):
+    """A work, as `fedcl.run` takes it."""
+
+    parts: list[phases.Phase]
+    state: base.State
+    stream: Given
+    loss: base.LossFn
+    mesh: Mesh | None
+
+
+def federation(work: Work) -> Federation:
     model, params = model_of(work.net)
     own = lambda path: nets.trained(work.net, path)
     phi, theta = tree.partition(params, own)
@@ -82,7 +93,12 @@ def prepare(work: Work) -> Peer:
     where = tpu.mesh(work.devices) if work.devices > 1 else None
     spread: Any = {"schedule": work.schedule, "mesh": where}
     parts = [phases.federated(algorithm, cohort=cohort, **spread)]
-    options: Any = {"rounds": work.rounds, "every": work.rounds, "mesh": where}
+    return Federation(parts, state, stream, loss, where)
+
+
+def prepare(work: Work) -> Peer:
+    parts, state, stream, _, mesh = federation(work)
+    options: Any = {"rounds": work.rounds, "every": work.rounds, "mesh": mesh}
 
     def go():
         end = fedcl.run(parts, state, stream, key=jax.random.key(0), **options)[0]
@@ -110,10 +126,10 @@ def model_of(net: nets.Net) -> tuple[models.Model, Any]:
         params = jax.eval_shape(model.init, jax.random.key(0))
     else:
         sizes = (net.image, net.patch, net.width, net.depth, net.heads, net.classes)
-        base = models.vit(*sizes, unroll=True)
+        vit = models.vit(*sizes, unroll=True)
         model, params = models.lora(
-            base,
-            base.init(jax.random.key(0)),
+            vit,
+            vit.init(jax.random.key(0)),
             rank=net.rank,
             alpha=net.alpha,
             where=lambda path: "attention" in path,
