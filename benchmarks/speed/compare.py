@@ -18,7 +18,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from work import WORKS, cores, flops
@@ -36,6 +38,7 @@ SCRIPTS = {
     "flower": "flower_peer.py",
 }
 TOLERANCE = 1e-4
+T = TypeVar("T")
 
 
 def one(python: str, script: str, *options: str) -> dict:
@@ -70,21 +73,37 @@ def matmul_rate(
     return 2 * m * k * n / min(seconds) / 1e9
 
 
+def in_turn(
+    peers: Iterable[T], run: Callable[[T], dict], repeats: int
+) -> dict[T, list[dict]]:
+    """What `run(peer)` told, each time, the peers one after another."""
+    runs: dict[T, list[dict]] = {name: [] for name in peers}
+    for _ in range(repeats):
+        for name, told in runs.items():
+            told.append(run(name))
+            print(name, told[-1], file=sys.stderr, flush=True)
+    return runs
+
+
+def medians(told: list[dict], keys: Iterable[str]) -> dict[str, float]:
+    """Of each figure, over the repeats."""
+    return {key: statistics.median(run[key] for run in told) for key in keys}
+
+
 def compare(work: str, peers: dict[str, str], repeats: int) -> list[dict]:
     """One row per peer, medians over the repeats, and one of the matmul rate."""
-    runs: dict[str, list[dict]] = {name: [] for name in peers}
-    rates = []
-    for _ in range(repeats):
-        for name, python in peers.items():
-            told = one(python, SCRIPTS[name], work)
-            runs[name].append(told)
-            print(f"{work} {name} {told['round']:.4g} s a round", file=sys.stderr)
-        rates.append(matmul_rate())
-    rate = statistics.median(rates)
+
+    def run(name):
+        if name == "matmul":
+            return {"gflops": matmul_rate()}
+        return one(peers[name], SCRIPTS[name], work)
+
+    runs = in_turn([*peers, "matmul"], run, repeats)
+    rate = medians(runs.pop("matmul"), ["gflops"])["gflops"]
     rows = []
     for name, told in runs.items():
         keys = ("ready", "compile", "round", "cpu", "gflops", "peak_mb")
-        row = {key: statistics.median(run[key] for run in told) for key in keys}
+        row = medians(told, keys)
         row |= {"least": min(run["round"] for run in told)}
         row |= {"work": work, "peer": name, "share": row["gflops"] / rate}
         rows.append(row | {"versions": told[0]["versions"], "n": repeats})

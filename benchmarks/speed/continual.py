@@ -8,7 +8,6 @@ numbers: the accuracy over all contexts at the end is printed beside the time.
 """
 
 import argparse
-import statistics
 import sys
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import compare
 import numpy as np
 
 SCRIPTS = {"fedcl": "continual_ours.py", "torch": "continual_torch.py"}
+KEYS = ("ready", "compile", "run", "accuracy", "peak_mb")
 
 
 class Work(NamedTuple):
@@ -55,19 +55,16 @@ def main() -> None:
     given = parser.parse_args()
     peers = {"fedcl": sys.executable}
     peers |= {"torch": given.torch} if given.torch else {}
-    runs: dict[str, list[dict]] = {name: [] for name in peers}
-    for _ in range(given.repeats):
-        for name, python in peers.items():
-            runs[name].append(compare.one(python, SCRIPTS[name], "continual"))
+    run = lambda name: compare.one(peers[name], SCRIPTS[name], "continual")
+    runs = compare.in_turn(peers, run, given.repeats)
     print("| peer | ready s | compile s | run s | peer / fedcl | accuracy | peak MB |")
     print("|---|---|---|---|---|---|---|")
-    middle = lambda name, key: statistics.median(r[key] for r in runs[name])
-    for name in peers:
-        ratio = middle(name, "run") / middle("fedcl", "run")
+    middle = {name: compare.medians(told, KEYS) for name, told in runs.items()}
+    for name, m in middle.items():
+        ratio = m["run"] / middle["fedcl"]["run"]
         print(
-            f"| {name} | {middle(name, 'ready'):.1f} | {middle(name, 'compile'):.1f} "
-            f"| {middle(name, 'run'):.2f} | {ratio:.2f} "
-            f"| {middle(name, 'accuracy'):.1%} | {middle(name, 'peak_mb'):.0f} |"
+            f"| {name} | {m['ready']:.1f} | {m['compile']:.1f} | {m['run']:.2f} "
+            f"| {ratio:.2f} | {m['accuracy']:.1%} | {m['peak_mb']:.0f} |"
         )
     for name, (first, *_) in runs.items():
         print(name, first["told"], *(f"{k} {v}" for k, v in first["versions"].items()))

@@ -8,10 +8,10 @@ layer's product, measured between the runs.
 """
 
 import argparse
+import functools
 import gzip
 import itertools
 import json
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -86,6 +86,13 @@ def measure(name: str, prepare: Callable[[Work, str], Callable[[], None]]) -> No
     print(json.dumps({**told, "peer": name, "start": start, "gflops": rate}))
 
 
+def one(work: str, data: str, peers: dict[str, str], name: str) -> dict:
+    """A run of a peer, or of a product of the first layer."""
+    if name == "matmul":
+        return {"gflops": compare.matmul_rate((256, 784, 400))}
+    return compare.one(peers[name], SCRIPTS[name], work, data)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data")
@@ -103,25 +110,17 @@ def main() -> None:
     print("| work | peer | start-up s | run s | GFLOP/s | torch / peer |")
     print("|---|---|---|---|---|---|")
     for work in given.works:
-        runs: dict[str, list[dict]] = {name: [] for name in peers}
-        rates = []
-        for _ in range(given.repeats):
-            for name, python in peers.items():
-                told = compare.one(python, SCRIPTS[name], work, given.data)
-                print(work, name, told, file=sys.stderr, flush=True)
-                runs[name].append(told)
-            rates.append(compare.matmul_rate((256, 784, 400)))
-        middle = {
-            name: {key: statistics.median(r[key] for r in told) for key in KEYS}
-            for name, told in runs.items()
-        }
+        run = functools.partial(one, work, given.data, peers)
+        runs = compare.in_turn([*peers, "matmul"], run, given.repeats)
+        rate = compare.medians(runs.pop("matmul"), ["gflops"])["gflops"]
+        middle = {name: compare.medians(told, KEYS) for name, told in runs.items()}
         for name, m in middle.items():
             ratio = middle["torch"]["second"] / m["second"]
             print(
                 f"| {work} | {name} | {m['start']:.1f} | {m['second']:.2f} "
                 f"| {m['gflops']:.1f} | {ratio:.2f} |"
             )
-        print(f"| | matmul | | | {statistics.median(rates):.1f} | |")
+        print(f"| | matmul | | | {rate:.1f} | |")
 
 
 if __name__ == "__main__":

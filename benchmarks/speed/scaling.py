@@ -9,11 +9,11 @@ at a time and added up, from a population of 1000 whatever its size.
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import compare
 import nets
 from work import Work, run
 
@@ -31,15 +31,14 @@ def work_of(axis: str, size: int) -> Work:
 
 def measure(axis: str, repeats: int) -> list[dict]:
     """A row for each size: medians of seconds of a run and of the memory's peak."""
-    runs: dict[int, list[dict]] = {size: [] for size in SIZES[axis]}
-    for _ in range(repeats):
-        for size, told in runs.items():
-            command = [sys.executable, __file__, axis, "--one", str(size)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            told.append(json.loads(done.stdout.splitlines()[-1]))
-    middle = lambda told, key: statistics.median(run[key] for run in told)
-    row = lambda told: {key: middle(told, key) for key in KEYS}
-    return [{axis: size, **row(told)} for size, told in runs.items()]
+
+    def one(size):
+        command = [sys.executable, __file__, axis, "--one", str(size)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    runs = compare.in_turn(SIZES[axis], one, repeats)
+    return [{axis: s, **compare.medians(told, KEYS)} for s, told in runs.items()]
 
 
 def plot(axis: str, rows: list[dict], file: str) -> None:
