@@ -166,10 +166,12 @@ def test_speakers_are_drawn_among_those_present(folder):
 def test_presets_load():
     for name in ("lm-languages", "lm-eras"):
         full = experiment.load(name)
-        small, tiny = (experiment.load(name, preset=p) for p in ("small", "tiny"))
-        assert full.model.kind == small.model.kind == "pretrained"
-        assert tiny.model.kind == "decoder"
-        assert list(small.arms) == list(tiny.arms) == list(full.arms)
+        presets = ("cpu", "small", "tiny")
+        cpu, small, tiny = (experiment.load(name, preset=p) for p in presets)
+        kinds = [e.model.kind for e in (full, cpu, small, tiny)]
+        assert kinds == ["pretrained"] * 3 + ["decoder"]
+        for e in (cpu, small, tiny):
+            assert list(e.arms) == list(full.arms)
     with pytest.raises(experiment.ConfigError, match="small"):
         experiment.load("lm-eras", preset="smal")
 
