@@ -165,8 +165,8 @@ def test_heads_on_a_frozen_encoder(news):
     assert {"fedavg", "ncm"} == set(point["arms"])
     assert point["arms"]["ncm"]["average"]["mean"] > 0.5
     plain, ncm = (point["arms"][a]["bytes_up"]["mean"] for a in ("fedavg", "ncm"))
-    visits, one = (ncm - plain) / (4 * 10 * (1 + 20)), 2 * 5  # Clients × contexts.
-    assert visits == one
+    clients, contexts, means = 2, 5, 4 * 10 * (1 + 20)
+    assert ncm - plain == clients * contexts * means
 
 
 def test_adapters_in_the_encoder(news):

@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -73,16 +74,14 @@ def matmul_rate(
     return 2 * m * k * n / min(seconds) / 1e9
 
 
-def in_turn(
-    peers: Iterable[T], run: Callable[[T], dict], repeats: int
-) -> dict[T, list[dict]]:
-    """What `run(peer)` told, each time, the peers one after another."""
-    runs: dict[T, list[dict]] = {name: [] for name in peers}
+def in_turn(runs: Mapping[T, Callable[[], dict]], repeats: int) -> dict[T, list[dict]]:
+    """What each run told, each time, one run after another."""
+    told: dict[T, list[dict]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, told in runs.items():
-            told.append(run(name))
-            print(name, told[-1], file=sys.stderr, flush=True)
-    return runs
+        for name, run in runs.items():
+            told[name].append(run())
+            print(name, told[name][-1], file=sys.stderr, flush=True)
+    return told
 
 
 def medians(told: list[dict], keys: Iterable[str]) -> dict[str, float]:
@@ -92,18 +91,12 @@ def medians(told: list[dict], keys: Iterable[str]) -> dict[str, float]:
 
 def compare(work: str, peers: dict[str, str], repeats: int) -> list[dict]:
     """One row per peer, medians over the repeats, and one of the matmul rate."""
-
-    def run(name):
-        if name == "matmul":
-            return {"gflops": matmul_rate()}
-        return one(peers[name], SCRIPTS[name], work)
-
-    runs = in_turn([*peers, "matmul"], run, repeats)
-    rate = medians(runs.pop("matmul"), ["gflops"])["gflops"]
+    runs = {name: partial(one, p, SCRIPTS[name], work) for name, p in peers.items()}
+    found = in_turn({**runs, "matmul": lambda: {"gflops": matmul_rate()}}, repeats)
+    rate = medians(found.pop("matmul"), ["gflops"])["gflops"]
     rows = []
-    for name, told in runs.items():
-        keys = ("ready", "compile", "round", "cpu", "gflops", "peak_mb")
-        row = medians(told, keys)
+    for name, told in found.items():
+        row = medians(told, ("ready", "compile", "round", "cpu", "gflops", "peak_mb"))
         row |= {"least": min(run["round"] for run in told)}
         row |= {"work": work, "peer": name, "share": row["gflops"] / rate}
         rows.append(row | {"versions": told[0]["versions"], "n": repeats})

@@ -9,6 +9,7 @@ numbers: the accuracy over all contexts at the end is printed beside the time.
 
 import argparse
 import sys
+from functools import partial
 from typing import NamedTuple
 
 import compare
@@ -55,8 +56,11 @@ def main() -> None:
     given = parser.parse_args()
     peers = {"fedcl": sys.executable}
     peers |= {"torch": given.torch} if given.torch else {}
-    run = lambda name: compare.one(peers[name], SCRIPTS[name], "continual")
-    runs = compare.in_turn(peers, run, given.repeats)
+    each = {
+        name: partial(compare.one, python, SCRIPTS[name], "continual")
+        for name, python in peers.items()
+    }
+    runs = compare.in_turn(each, given.repeats)
     print("| peer | ready s | compile s | run s | peer / fedcl | accuracy | peak MB |")
     print("|---|---|---|---|---|---|---|")
     middle = {name: compare.medians(told, KEYS) for name, told in runs.items()}

@@ -8,13 +8,13 @@ layer's product, measured between the runs.
 """
 
 import argparse
-import functools
 import gzip
 import itertools
 import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,13 +86,6 @@ def measure(name: str, prepare: Callable[[Work, str], Callable[[], None]]) -> No
     print(json.dumps({**told, "peer": name, "start": start, "gflops": rate}))
 
 
-def one(work: str, data: str, peers: dict[str, str], name: str) -> dict:
-    """A run of a peer, or of a product of the first layer."""
-    if name == "matmul":
-        return {"gflops": compare.matmul_rate((256, 784, 400))}
-    return compare.one(peers[name], SCRIPTS[name], work, data)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("data")
@@ -110,8 +103,12 @@ def main() -> None:
     print("| work | peer | start-up s | run s | GFLOP/s | torch / peer |")
     print("|---|---|---|---|---|---|")
     for work in given.works:
-        run = functools.partial(one, work, given.data, peers)
-        runs = compare.in_turn([*peers, "matmul"], run, given.repeats)
+        each = {
+            name: partial(compare.one, python, SCRIPTS[name], work, given.data)
+            for name, python in peers.items()
+        }
+        each["matmul"] = lambda: {"gflops": compare.matmul_rate((256, 784, 400))}
+        runs = compare.in_turn(each, given.repeats)
         rate = compare.medians(runs.pop("matmul"), ["gflops"])["gflops"]
         middle = {name: compare.medians(told, KEYS) for name, told in runs.items()}
         for name, m in middle.items():

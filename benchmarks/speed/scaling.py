@@ -11,6 +11,7 @@ import argparse
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import compare
@@ -37,7 +38,7 @@ def measure(axis: str, repeats: int) -> list[dict]:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(done.stdout.splitlines()[-1])
 
-    runs = compare.in_turn(SIZES[axis], one, repeats)
+    runs = compare.in_turn({size: partial(one, size) for size in SIZES[axis]}, repeats)
     return [{axis: s, **compare.medians(told, KEYS)} for s, told in runs.items()]
 
 
