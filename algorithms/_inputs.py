@@ -101,5 +101,6 @@ def _multiplied(eqn: JaxprEqn, xs, labels, kernels) -> jax.Array:
             return x.reshape(-1, x.shape[-1])
     raise ValueError(
         f"The kernel {kernels[0]!r} enters the operation {eqn.primitive.name!r} in another "
-        f"way than as W in x W, so its inputs are not known{_REMEDY}"
+        f"way than as W in x W, so its inputs are not known{_REMEDY} A convolution needs "
+        "form='patches'."
     )

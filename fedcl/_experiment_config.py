@@ -251,6 +251,7 @@ class Convnet(Tuned):
     kernel: Count = 3
     groups: Count = 4
     pool: Literal["max", "avg"] = "max"
+    form: Literal["patches", "conv"] | None = None  # None: by the backend.
 
 
 class Vit(Tuned):

@@ -1,4 +1,4 @@
-"""Convolution as patches and a matrix product, and a small convolutional network."""
+"""Convolution by patches and a matrix product where that is faster, and a small network."""
 
 import functools
 import math
@@ -13,6 +13,7 @@ from fedcl.models._init import lecun_init
 from fedcl.models._model import Model, from_nnx
 
 Padding = Literal["SAME", "VALID"]
+Form = Literal["patches", "conv"]
 
 
 def patches(
@@ -69,13 +70,24 @@ def pooled(x: jax.Array, size: int, kind: Literal["max", "avg"]) -> jax.Array:
 
 
 class PatchConv(nnx.Module):
-    """A 2-d convolution that is one matrix product, equal to `lax.conv`.
+    """A 2-d convolution, by patches and one matrix product or by `lax.conv`.
 
     `jax.lax.conv_general_dilated` under vmap over clients with their own kernels is
-    a grouped convolution, about 20 times slower on a CPU. The kernel lives in
-    `linear`, [k * k * in, out], so that LoRA can be put beside it.
+    a grouped convolution, about 20 times slower than patches on a CPU; other
+    accelerators have units for it. The kernel lives in `linear`, [k * k * in, out],
+    whatever the form, so that LoRA can be put beside it: then, and where a method
+    asks what goes into the kernel (GPM), patches are the form.
 
-    Cost: the patches take k² times the memory of the input.
+    Args:
+      in_features: channels that come in.
+      out_features: channels that go out.
+      kernel: k, the side of the window.
+      stride: step of the window.
+      padding: `"SAME"` or `"VALID"`.
+      form: `"patches"` or `"conv"`; None: patches if JAX's default backend is a CPU.
+      rngs: where the parameters come from.
+
+    Cost: patches take k² times the memory of the input.
 
     >>> conv = PatchConv(3, 8, 3, rngs=nnx.Rngs(0))
     >>> conv(jnp.ones((2, 8, 8, 3))).shape
@@ -90,13 +102,33 @@ class PatchConv(nnx.Module):
         *,
         stride: int = 1,
         padding: Padding = "SAME",
+        form: Form | None = None,
         rngs: nnx.Rngs,
     ) -> None:
         self.linear = nnx.Linear(kernel * kernel * in_features, out_features, rngs=rngs)
         self.window = (kernel, stride, padding)
+        self.form = form
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        form = self.form or ("patches" if jax.default_backend() == "cpu" else "conv")
+        if form == "conv" and type(self.linear) is nnx.Linear:
+            return _convolved(self.linear, x, *self.window)
         return self.linear(patches(x, *self.window))
+
+
+def _convolved(
+    linear: nnx.Linear, x: jax.Array, kernel: int, stride: int, padding: Padding
+) -> jax.Array:
+    """What `linear` gives on patches, by `lax.conv`."""
+    window = (kernel, kernel, x.shape[-1], linear.out_features)
+    x, w, bias = linear.promote_dtype(
+        (x, linear.kernel[...].reshape(window), linear.bias[...]), dtype=linear.dtype
+    )
+    order = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(
+        x, w, (stride, stride), padding, dimension_numbers=order
+    )
+    return y + bias.reshape(1, 1, 1, -1)
 
 
 class ConvNet(nnx.Module):
@@ -111,11 +143,12 @@ class ConvNet(nnx.Module):
         groups: int,
         activation: Callable[[jax.Array], jax.Array],
         pool: Literal["max", "avg"],
+        form: Form | None,
         *,
         rngs: nnx.Rngs,
     ) -> None:
         pairs = list(zip((image[2], *widths[:-1]), widths, strict=True))
-        convs = [PatchConv(m, n, kernel, rngs=rngs) for m, n in pairs]
+        convs = [PatchConv(m, n, kernel, form=form, rngs=rngs) for m, n in pairs]
         norms = [nnx.GroupNorm(n, num_groups=groups, rngs=rngs) for n in widths]
         self.convs, self.norms = nnx.List(convs), nnx.List(norms)
         side = 2 ** len(widths)
@@ -143,6 +176,7 @@ def convnet(
     groups: int = 4,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.relu,
     pool: Literal["max", "avg"] = "max",
+    form: Form | None = None,
 ) -> Model:
     """A small convolutional network with GroupNorm.
 
@@ -158,6 +192,7 @@ def convnet(
       groups: groups of GroupNorm; must divide every width.
       activation: elementwise.
       pool: `"max"` or `"avg"`.
+      form: how to convolve, `"patches"` or `"conv"`, as in `PatchConv`.
 
     Returns:
       A model with parameters `convs/0/linear`, `norms/0`, …, `head`; `apply` takes
@@ -165,26 +200,29 @@ def convnet(
 
     Raises:
       ValueError: if an image side is not a multiple of 2 ** len(widths), a width is
-        not a multiple of `groups`, or `pool` is neither of the two.
+        not a multiple of `groups`, or `pool` or `form` is none of those named.
 
-    Cost: patches and a matrix product, see `PatchConv`.
+    Cost: that of `PatchConv`.
 
     >>> model = convnet((8, 8, 1), widths=(4,), num_classes=3)
     >>> params = model.init(jax.random.key(0))
     >>> model.apply(params, jnp.ones((5, 8, 8, 1))).shape
     (5, 3)
     """
-    _check(image, widths, groups, pool)
+    _check(image, widths, groups, pool, form)
+    options = (kernel, groups, activation, pool, form)
     return from_nnx(
-        lambda rngs: ConvNet(
-            image, widths, num_classes, kernel, groups, activation, pool, rngs=rngs
-        ),
+        lambda rngs: ConvNet(image, widths, num_classes, *options, rngs=rngs),
         init=lecun_init,
     )
 
 
 def _check(
-    image: tuple[int, int, int], widths: Sequence[int], groups: int, pool: str
+    image: tuple[int, int, int],
+    widths: Sequence[int],
+    groups: int,
+    pool: str,
+    form: str | None,
 ) -> None:
     side = 2 ** len(widths)
     if image[0] % side or image[1] % side:
@@ -200,3 +238,7 @@ def _check(
         )
     if pool not in ("max", "avg"):
         raise ValueError(f"convnet: `pool` must be 'max' or 'avg', got {pool!r}.")
+    if form not in (None, "patches", "conv"):
+        raise ValueError(
+            f"convnet: `form` must be 'patches', 'conv' or None, got {form!r}."
+        )

@@ -57,13 +57,13 @@ def test_vit_program_does_not_grow_with_depth():
     assert lines(5) == lines(2)
 
 
+@pytest.mark.parametrize("form", ["patches", "conv"])
 @pytest.mark.parametrize("padding", ["SAME", "VALID"])
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (2, 1), (5, 3)])
-def test_patch_conv_equals_lax_conv(kernel, stride, padding):
+def test_patch_conv_equals_lax_conv(kernel, stride, padding, form):
+    options = {"stride": stride, "padding": padding, "form": form}
     conv = nnx.eval_shape(
-        lambda: models.PatchConv(
-            2, 4, kernel, stride=stride, padding=padding, rngs=nnx.Rngs(0)
-        )
+        lambda: models.PatchConv(2, 4, kernel, **options, rngs=nnx.Rngs(0))
     )
     graphdef, state = nnx.split(conv)
     rng = np.random.default_rng(1)
@@ -91,6 +91,27 @@ def test_patch_conv_equals_lax_conv(kernel, stride, padding):
 
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)
     jax.tree.map(close, both(ours), both(theirs))
+
+
+def uses_lax_conv(form, adapted=False):
+    model = models.convnet((8, 8, 2), widths=(4,), num_classes=3, form=form)
+    params = model.init(jax.random.key(0))
+    if adapted:
+        options = {"rank": 2, "alpha": 1.0, "key": jax.random.key(1)}
+        model, params = models.lora(model, params, **options)
+    program = jax.make_jaxpr(model.apply)(params, jnp.ones((5, 8, 8, 2)))
+    return "conv_general_dilated" in str(program)
+
+
+def test_the_form_of_a_convolution_is_that_of_the_backend(monkeypatch):
+    assert uses_lax_conv("conv") and not uses_lax_conv("patches")
+    for backend in ("cpu", "gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda found=backend: found)
+        assert uses_lax_conv(None) == (backend != "cpu")
+
+
+def test_a_convolution_with_an_adapter_is_by_patches():
+    assert not uses_lax_conv("conv", adapted=True)
 
 
 def test_patches_follow_the_order_of_the_kernel():
@@ -188,6 +209,7 @@ def test_init_depends_on_the_key_alone():
         (models.convnet, {"image": (6, 8, 1)}, "multiples of 4, got 6 x 8"),
         (models.convnet, {"widths": (6,)}, r"groups=4.*widths=\(6,\)"),
         (models.convnet, {"pool": "mean"}, "'max' or 'avg', got 'mean'"),
+        (models.convnet, {"form": "fft"}, "'patches', 'conv' or None, got 'fft'"),
     ],
 )
 def test_wrong_sizes_are_refused(build, arguments, message):
