@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 PyTree = Any
@@ -228,3 +229,36 @@ class StreamLike(Protocol):
     def example(self) -> PyTree:
         """`jax.ShapeDtypeStruct`s of one batch, without the steps axis."""
         ...
+
+
+class Stationary:
+    """A stream of one context that never ends, for whoever has `sample` and no drift.
+
+    Sub-classes are pytrees with `num_clients` and `sample`, and with `sweep` if a method
+    asks for every row of a context.
+
+    >>> @jax.tree_util.register_dataclass
+    ... @dataclasses.dataclass(frozen=True)
+    ... class Noise(Stationary):
+    ...     num_clients = 3
+    ...     def sample(self, key, client, round):
+    ...         return {"x": jax.random.normal(key, (5, 4, 2)), "mask": jnp.ones((5, 4))}
+    >>> Noise().example()["x"]
+    ShapeDtypeStruct(shape=(4, 2), dtype=float32)
+    """
+
+    sample: Callable[..., Batch]
+    ragged = False
+
+    def task(self, client: jax.Array, round: jax.Array) -> jax.Array:
+        return jnp.int32(0)
+
+    def present(self, client: jax.Array, round: jax.Array) -> jax.Array:
+        return jnp.array(True)
+
+    def ends(self, client: jax.Array, round: jax.Array) -> jax.Array:
+        return jnp.array(False)
+
+    def example(self) -> PyTree:
+        visit = jax.eval_shape(self.sample, jax.random.key(0), 0, 0)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), visit)

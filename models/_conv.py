@@ -120,10 +120,10 @@ def _convolved(
     linear: nnx.Linear, x: jax.Array, kernel: int, stride: int, padding: Padding
 ) -> jax.Array:
     """What `linear` gives on patches, by `lax.conv`."""
-    window = (kernel, kernel, x.shape[-1], linear.out_features)
-    x, w, bias = linear.promote_dtype(
-        (x, linear.kernel[...].reshape(window), linear.bias[...]), dtype=linear.dtype
-    )
+    assert linear.bias is not None
+    w, bias = linear.kernel[...], linear.bias[...]
+    x, w, bias = linear.promote_dtype((x, w, bias), dtype=linear.dtype)
+    w = w.reshape(kernel, kernel, x.shape[-1], linear.out_features)
     order = ("NHWC", "HWIO", "NHWC")
     y = jax.lax.conv_general_dilated(
         x, w, (stride, stride), padding, dimension_numbers=order

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import fedcl
-from fedcl import algorithms, losses, phases, tree
+from fedcl import algorithms, base, losses, phases, tree
 
 KEY = jax.random.key(5)
 V, LENGTH = 7, 12
@@ -18,13 +18,12 @@ V, LENGTH = 7, 12
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Texts:
+class Texts(base.Stationary):
     """Clients who write in two alternating letters of their own."""
 
     tokens: jax.Array  # [N, M, LENGTH]
 
     num_clients = 3
-    ragged = False
 
     def sample(self, key, client, round):
         at = jax.random.randint(key, (2, 4), 0, self.tokens.shape[1])
@@ -37,19 +36,6 @@ class Texts:
 
     def sweep(self, client, round):
         return self.sample(jax.random.key(0), client, round)
-
-    def task(self, client, round):
-        return jnp.int32(0)
-
-    def present(self, client, round):
-        return jnp.array(True)
-
-    def ends(self, client, round):
-        return jnp.array(False)
-
-    def example(self):
-        one = jax.eval_shape(lambda: self.sample(jax.random.key(0), 0, 0))
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), one)
 
 
 def texts(apart=True):

@@ -19,13 +19,11 @@ from fedcl import algorithms, base, cohorts, losses, models, phases, tpu, tree
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Given:
+class Given(base.Stationary):
     """A stream whose rows and their order are given, the same for all peers."""
 
     rows: dict[str, jax.Array]  # [M, ...] each.
     order: jax.Array  # [N, ORDERS, S, B]
-
-    ragged = False
 
     @property
     def num_clients(self) -> int:
@@ -35,21 +33,6 @@ class Given:
         index = self.order[client, round % ORDERS]
         taken = {name: a[index] for name, a in self.rows.items()}
         return taken | {"mask": jnp.ones(index.shape)}
-
-    def task(self, client, round):
-        return jnp.int32(0)
-
-    def present(self, client, round):
-        return jnp.array(True)
-
-    def ends(self, client, round):
-        return jnp.array(False)
-
-    def example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        batch = self.order.shape[-1:]
-        row = lambda a: jax.ShapeDtypeStruct((*batch, *a.shape[1:]), a.dtype)
-        mask = jax.ShapeDtypeStruct(batch, jnp.float32)
-        return {name: row(a) for name, a in self.rows.items()} | {"mask": mask}
 
 
 class ConvNet(nnx.Module):

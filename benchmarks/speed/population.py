@@ -20,38 +20,23 @@ import numpy as np
 import optax
 
 import fedcl
-from fedcl import algorithms, cohorts, losses, store
+from fedcl import algorithms, base, cohorts, losses, store
 
 STEPS, ROWS, FEATURES, CLASSES = 5, 10, 32, 10
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class Stream(base.Stationary):
     """Gaussian rows with labels from one linear map."""
 
     truth: jax.Array  # [D, Y]
     num_clients: int = dataclasses.field(metadata={"static": True})
 
-    ragged = False
-
     def sample(self, key, client, round):
         x = jax.random.normal(key, (STEPS, ROWS, FEATURES))
         y = jnp.argmax(x @ self.truth, axis=-1)
         return {"x": x, "y": y, "mask": jnp.ones((STEPS, ROWS))}
-
-    def task(self, client, round):
-        return jnp.int32(0)
-
-    def present(self, client, round):
-        return jnp.array(True)
-
-    def ends(self, client, round):
-        return jnp.array(False)
-
-    def example(self):
-        row = lambda *s, dtype=jnp.float32: jax.ShapeDtypeStruct((ROWS, *s), dtype)
-        return {"x": row(FEATURES), "y": row(dtype=jnp.int32), "mask": row()}
 
 
 def remembering():

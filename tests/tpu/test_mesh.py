@@ -15,6 +15,7 @@ from fedcl import (
     _program,
     aggregation,
     algorithms,
+    base,
     cohorts,
     losses,
     models,
@@ -34,33 +35,18 @@ COHORT = cohorts.stratified(4, 2)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Texts:
+class Texts(base.Stationary):
     """Every client meets its own rows, drawn anew in every round."""
 
     tokens: jax.Array  # [N, M, T]
 
     num_clients = CLIENTS
-    ragged = False
 
     def sample(self, key, client, round):
         which = jax.random.randint(key, (STEPS, ROWS), 0, self.tokens.shape[1])
         rows = self.tokens[client][which]
         ones = jnp.ones((STEPS, ROWS))
         return {"tokens": rows, "segments": jnp.ones_like(rows), "mask": ones}
-
-    def task(self, client, round):
-        return jnp.int32(0)
-
-    def present(self, client, round):
-        return jnp.array(True)
-
-    def ends(self, client, round):
-        return jnp.array(False)
-
-    def example(self):
-        text = jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32)
-        mask = jax.ShapeDtypeStruct((ROWS,), jnp.float32)
-        return {"tokens": text, "segments": text, "mask": mask}
 
 
 def federation(layout=None, spread=None):
