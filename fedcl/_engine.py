@@ -212,11 +212,11 @@ def same_types(old: PyTree, new: PyTree, what: str) -> PyTree:
             + "\n".join(lines or [f"  {jax.tree.structure(new)}"])
             + "\nReturn the same tree with the same shapes and types."
         )
-    strong = lambda o, n: (
-        n
-        if jnp.issubdtype(o.dtype, jax.dtypes.prng_key)
-        else (jnp.asarray(n, dtype=o.dtype))
-    )
+
+    def strong(o, n):
+        as_is = n is o or jnp.issubdtype(o.dtype, jax.dtypes.prng_key)
+        return n if as_is else jnp.asarray(n, dtype=o.dtype)
+
     return jax.tree.map(strong, old, new)
 
 

@@ -106,6 +106,25 @@ def local_loss(
     return compute.accumulated(loss_fn, c.accumulate)
 
 
+def schedule(
+    asked: Any,
+    tell: "Tell",
+    algorithm: base.Algorithm,
+    begin: Callable[[], base.State],
+    key: jax.Array,
+    stream: base.StreamLike,
+    **where: Any,
+) -> Any:
+    """The schedule that the file asks for; "auto" is timed on the first seed."""
+    from fedcl._experiment_run import Event
+
+    if asked != "auto":
+        return asked
+    one = jax.tree.map(lambda x: x[0], begin())
+    say = lambda text: tell(Event(text))
+    return rounds.choose_schedule(algorithm, one, key, stream, tell=say, **where)
+
+
 def tell_memory(
     how: str, tell: "Tell", name: str, given: tuple, options: dict[str, Any]
 ) -> None:
@@ -171,13 +190,14 @@ def in_files(
         frozen=server.frozen,
         resume=resume,
     )
-    found = []
+    found, first = [], ready.begin().server
     for i, seed in enumerate(e.seeds):
-        server = jax.tree.map(lambda x, i=i: x[i], ready.state.server)
+        server = jax.tree.map(lambda x, i=i: x[i], first)
         state = begin(server, Path(str(e.federation.store)) / name / str(seed))
         own, more["checkpoint"] = {**options, "key": key[i]}, saved(f"{name}.{seed}")
         if i == 0 and not finished(more["checkpoint"], resume, options["rounds"]):
-            told(name, (ready.algorithm, state, ready.stream), own)
+            needs = own | {"checkpoint": more["checkpoint"] is not None}
+            told(name, (ready.algorithm, state, ready.stream), needs)
         ended = rounds.run(ready.algorithm, state, ready.stream, **own, **more)
         found.append(ended[1])
     stacked = jax.tree.map(lambda *x: np.stack(x), *found)

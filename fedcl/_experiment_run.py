@@ -242,11 +242,12 @@ def _public(e, table, stream, made, params, keys, tell: Tell) -> PyTree:
 
 
 class Ready(NamedTuple):
-    """An arm that can be run."""
+    """An arm that can be run: `begin` makes the state, of which `shapes` are known."""
 
     algorithm: base.Algorithm
     parts: tuple[phases.Phase, ...]
-    state: base.State
+    begin: Callable[[], base.State]
+    shapes: base.State
     stream: Any
     evaluate: Callable[[base.State], PyTree]
 
@@ -276,15 +277,13 @@ def _ready(e: "Experiment", setup: Setup, tell: Tell) -> dict[str, Ready]:
             n = _engine.clients_made(e, algorithm, stream)
             example = stream.example()
             init = lambda p, f, a=algorithm, x=example, n=n: a.init(p, x, n, frozen=f)
-            state = jax.jit(jax.vmap(init))(own.params, own.frozen)
-            # One θ for all arms, however large.
-            state = state._replace(server=state.server._replace(frozen=own.frozen))
+            begin, shapes = _beginning(jax.jit(jax.vmap(init)), own)
             inner = _federated(
                 e,
                 setup._replace(loss_fn=loss_fn) if text else setup,
                 arm,
                 algorithm,
-                state,
+                begin,
                 stream,
                 tell,
             )
@@ -293,12 +292,24 @@ def _ready(e: "Experiment", setup: Setup, tell: Tell) -> dict[str, Ready]:
                 for links in (arm.before, arm.phases)
             )
             parts = (*before, *inner, *after)
-            made[key] = Ready(algorithm, parts, state, stream, own.evaluate)
+            made[key] = Ready(algorithm, parts, begin, shapes, stream, own.evaluate)
         arms[name] = made[key]
         if arm.joint and not text:
             mixed = _build.mixed(made[key].stream, arm.joint, e.stream.seed)
             arms[name] = made[key]._replace(stream=mixed)
     return arms
+
+
+def _beginning(
+    init: Callable[..., base.State], own: "Own"
+) -> tuple[Callable[[], base.State], base.State]:
+    """What makes the state, and its shapes; one θ for all arms, however large."""
+
+    def whole(state: base.State) -> base.State:
+        return state._replace(server=state.server._replace(frozen=own.frozen))
+
+    begin = lambda: whole(init(own.params, own.frozen))
+    return begin, whole(jax.eval_shape(init, own.params, own.frozen))
 
 
 def _begun(setup: Setup, arm: "Arm") -> Setup:
@@ -367,23 +378,22 @@ def _arm(
         "progress": report,
     }
     if arm.frozen:
-        history = _still(ready.state, **options)
+        history = _still(ready.begin(), **options)
     elif e.federation.store:
         history = _engine.in_files(e, name, ready, saved, told, **options, **more)
     else:
         options |= {"mesh": setup.mesh}
         more["checkpoint"] = saved(name)
         if not _engine.finished(more["checkpoint"], resume, total):
-            told(name, (ready.parts, ready.state, ready.stream), options)
-        history = rounds.run(ready.parts, ready.state, ready.stream, **options, **more)[
-            1
-        ]
-    one = jax.tree.map(lambda x: x[0], ready.state)
+            needs = options | {"checkpoint": more["checkpoint"] is not None}
+            told(name, (ready.parts, ready.shapes, ready.stream), needs)
+        state = ready.begin()
+        history = rounds.run(ready.parts, state, ready.stream, **options, **more)[1]
+    first = lambda a: jax.eval_shape(lambda a: tree.gather(a, jnp.int32(0)), a)
+    one = first(ready.shapes)
     sent = metrics.communication(ready.algorithm, one, ready.stream, ready.parts)
     summed = metrics.sums(one.server.params, () if arm.frozen else ready.parts)
-    kept = tree.size(
-        jax.eval_shape(lambda c: tree.gather(c, jnp.int32(0)), one.clients)
-    )
+    kept = tree.size(first(one.clients))
     seconds = time.perf_counter() - start
     return _results.Arm(history, sent, summed, kept, seconds)
 
@@ -399,33 +409,17 @@ def _still(state, *, key, rounds: int, evaluate, every: int) -> History:
 
 
 def _federated(
-    e, setup: Setup, arm: "Arm", algorithm, state, stream, tell: Tell
+    e, setup: Setup, arm: "Arm", algorithm, begin, stream, tell: Tell
 ) -> list[phases.Phase]:
     """The federated phase, after the public one if that is in the rounds."""
     from fedcl import _experiment_build as _build
 
-    schedule, sampler = e.federation.schedule, _build.sampler(e, stream)
-    if schedule == "auto":
-        one = jax.tree.map(lambda x: x[0], state)
-        schedule = rounds.choose_schedule(
-            algorithm,
-            one,
-            setup.keys[0],
-            stream,
-            cohort=sampler,
-            mesh=setup.mesh,
-            tell=lambda text: tell(Event(text)),
-        )
+    sampler = _build.sampler(e, stream)
+    where: dict[str, Any] = {"cohort": sampler, "mesh": setup.mesh}
+    given = (algorithm, begin, setup.keys[0], stream)
+    schedule = _engine.schedule(e.federation.schedule, tell, *given, **where)
     review = _build.review(e, arm, algorithm)
-    parts = [
-        phases.federated(
-            algorithm,
-            cohort=sampler,
-            schedule=schedule,
-            mesh=setup.mesh,
-            review=review,
-        )
-    ]
+    parts = [phases.federated(algorithm, schedule=schedule, review=review, **where)]
     switch = _build.switch(e, arm, setup.loss_fn)
     if switch is not None:
         public = _build.public_phase(e, setup.table, setup.loss_fn, switch)

@@ -1,13 +1,15 @@
 """The host's part of a run: segments, faults, history, checkpoints, progress."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from fedcl import _hosts, base
+from fedcl import _frozen, _hosts, base
 from fedcl.checkpoint import Checkpoints, Interrupt
+
+PyTree = Any
 
 
 class History(NamedTuple):
@@ -43,6 +45,8 @@ class FaultError(RuntimeError):
 
 
 class Options(NamedTuple):
+    """How to drive a run; `still` marks the leaves of θ that no round changes."""
+
     rounds: int
     every: int
     nonfinite: str
@@ -50,6 +54,7 @@ class Options(NamedTuple):
     resume: bool
     progress: Callable[[Progress], None] | None
     seeded: bool
+    still: PyTree = None
 
 
 def drive(
@@ -72,10 +77,13 @@ def drive(
       The final state and the history.
     """
     axis, done, saved = int(o.seeded), 0, None
+    held = None if o.still is None else _frozen.held(state, o.still)
+    own = lambda s: s if held is None else _frozen.without(s, held)
     if o.checkpoint is not None:
-        saved = o.checkpoint.open(state, key, resume=o.resume)
+        saved = o.checkpoint.open(own(state), key, resume=o.resume, frozen=held)
     if saved is not None:
-        state, done = saved.state, saved.round
+        done, state = saved.round, saved.state
+        state = state if held is None else _frozen.together(state, held)
         pieces = [History(saved.rounds, saved.evaluations, saved.at)]
     else:
         pieces = [_initial(first(state), axis)]
@@ -94,7 +102,7 @@ def drive(
                 if o.checkpoint is not None:
                     o.checkpoint.record(done, fresh)
                     last = stopping or done == o.rounds
-                    o.checkpoint.save(done, state, key, force=last)
+                    o.checkpoint.save(done, own(state), key, force=last)
                 fault = _fault(fresh, done, o)
                 if fault:
                     raise FaultError(fault, state, _joined(pieces, axis))

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from fedcl import _engine, _hosts, _once, base, cohorts, phases, tree
+from fedcl import _engine, _frozen, _hosts, _once, base, cohorts, phases, tree
 
 PyTree = Any
 
 
 def _segment(
     state: base.State,
+    held: PyTree,
     key: jax.Array,
     start: jax.Array,
     stop: jax.Array,
@@ -24,10 +25,12 @@ def _segment(
     length: int,
     whole: bool,
 ) -> tuple[base.State, dict]:
-    """`length` rounds from `start`, those before `stop`."""
+    """`length` rounds from `start`, those before `stop`; `held` of θ stays."""
 
     def one(state, t):
-        return phases.step(parts, state, key, t, stream)
+        whole = _frozen.together(state, held)
+        state, told = phases.step(parts, whole, key, t, stream)
+        return _frozen.without(state, held), told
 
     def guarded(state, t):
         told = jax.eval_shape(one, state, t)[1]
@@ -39,11 +42,11 @@ def _segment(
 
 
 @partial(jax.jit, static_argnames=("length", "whole", "seeded"), donate_argnums=0)
-def _compiled(state, key, start, stop, parts, stream, *, length, whole, seeded):
+def _compiled(state, held, key, start, stop, parts, stream, *, length, whole, seeded):
     fn = partial(_segment, length=length, whole=whole)
     if seeded:
-        fn = jax.vmap(fn, in_axes=(0, 0, None, None, None, None))
-    return fn(state, key, start, stop, parts, stream)
+        fn = jax.vmap(fn, in_axes=(0, 0, 0, None, None, None, None))
+    return fn(state, held, key, start, stop, parts, stream)
 
 
 class Program(NamedTuple):
@@ -55,6 +58,7 @@ class Program(NamedTuple):
       key: the run's, () or [S].
       length: rounds of a segment.
       whole: whether every segment is that long.
+      still: θ's structure, True for the leaves that no round changes.
     """
 
     parts: tuple[phases.Phase, ...]
@@ -62,6 +66,7 @@ class Program(NamedTuple):
     key: jax.Array
     length: int
     whole: bool
+    still: PyTree = None
 
     @property
     def seeded(self) -> bool:
@@ -72,6 +77,18 @@ class Program(NamedTuple):
         begin = partial(phases.start, self.parts)
         return (jax.vmap(begin) if self.seeded else begin)(state)
 
+    def of_state(self, state: base.State) -> "Program":
+        """The program that leaves alone what of the state's θ no round changes."""
+        begun = jax.eval_shape(self.begun, state)
+        given = (self.parts, begun, self.key, self.stream, self.seeded)
+        return self._replace(still=_frozen.unchanged(*given))
+
+    def copied(self, state: base.State) -> base.State:
+        """A copy that `segment` may consume, but for what it leaves alone."""
+        held = _frozen.held(state, self.still)
+        copies = jax.tree.map(jnp.copy, _frozen.without(state, held))
+        return _frozen.together(copies, held)
+
     def everywhere(self, mesh: Mesh | None) -> "Program":
         """The same for all processes of a mesh."""
         parts, stream = _hosts.everywhere((self.parts, self.stream), mesh)
@@ -80,7 +97,8 @@ class Program(NamedTuple):
     def segment(self, state: base.State, start: int, stop: int):
         """Rounds `start` to `stop`: `(state, metrics)`; the state passed in is donated."""
         given, fixed = self._arguments(state, start, stop)
-        return _compiled(*given, **fixed)
+        state, metrics = _compiled(*given, **fixed)
+        return _frozen.together(state, given[1]), metrics
 
     def lower(self, state: base.State) -> Any:
         """What `segment` compiles for a state of such shapes."""
@@ -88,9 +106,11 @@ class Program(NamedTuple):
         return _compiled.lower(*given, **fixed)
 
     def _arguments(self, state: base.State, start: int, stop: int):
+        held = _frozen.held(state, self.still)
         times = (jnp.int32(start), jnp.int32(stop))
+        rest = (held, self.key, *times, self.parts, self.stream)
         fixed = {"length": self.length, "whole": self.whole, "seeded": self.seeded}
-        return (state, self.key, *times, self.parts, self.stream), fixed
+        return (_frozen.without(state, held), *rest), fixed
 
 
 def of(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedcl import _hosts, _placement, base, tree
+from fedcl import _frozen, _hosts, _placement, base, tree
 
 PyTree = Any
 
@@ -83,19 +83,24 @@ class Checkpoints:
         self._identity = json.loads(json.dumps(identity or {}))
         self._orbax: Any = None
         self._seeded = False
+        self._known = ""
         self._saved = 0
         self._recorded = 0
         self._failed = False
         _make_writable(self.directory / "history")
         _make_writable(self.directory / "steps")
 
-    def open(self, state: base.State, key: jax.Array, *, resume: bool) -> Saved | None:
+    def open(
+        self, state: base.State, key: jax.Array, *, resume: bool, frozen: PyTree = None
+    ) -> Saved | None:
         """Starts or resumes.
 
         Args:
           state: the state at round 0, for structure, types and placement.
           key: the run's key.
           resume: whether to continue from what is there.
+          frozen: what of θ is no part of `state`, as it does not change. It is not
+            saved; with another one it is another experiment.
 
         Returns:
           What to continue from, or None to start at round 0.
@@ -105,6 +110,7 @@ class Checkpoints:
             are of another experiment.
         """
         self._seeded = key.ndim == 1
+        self._known = _frozen.fingerprint(frozen)
         step = self.latest()
         if step is None:
             self._forget_after(-1)
@@ -171,12 +177,7 @@ class Checkpoints:
         wanted = (self.due(done) or force) and done != self._saved
         if not wanted or self._recorded < done:
             return
-        manifest = {
-            "round": done,
-            "identity": self._identity,
-            "state": tree.describe(state),
-            "key": _key_text(key),
-        }
+        manifest = {"round": done, **self._about(state, key)}
         # The copy outlives the donation of `state` to the next round.
         arrays = {k: jnp.copy(v) for k, v in _pack(state).items()}
         try:
@@ -210,6 +211,15 @@ class Checkpoints:
             )
         return self._orbax
 
+    def _about(self, state: base.State, key: jax.Array) -> dict[str, Any]:
+        """What another run's checkpoint differs in."""
+        return {
+            "identity": self._identity,
+            "state": tree.describe(state),
+            "frozen base θ": self._known,
+            "key": _key_text(key),
+        }
+
     def _load(self, step: int, state: base.State, key: jax.Array) -> dict:
         abstract = {k: _abstract(v) for k, v in _pack(state).items()}
         try:
@@ -226,16 +236,12 @@ class Checkpoints:
     def _check_same(self, step: int, state: base.State, key: jax.Array) -> None:
         loaded = self._checkpointer().load_checkpointables(step, {"manifest": None})
         there = loaded["manifest"]
-        here = {
-            "identity": self._identity,
-            "state": tree.describe(state),
-            "key": _key_text(key),
-        }
+        here = self._about(state, key)
         for what in here:
-            if there[what] != here[what]:
+            if there.get(what) != here[what]:
                 raise CheckpointError(
                     f"The checkpoint in {self.directory} belongs to another experiment; "
-                    f"its {what} differs:\n{_differences(there[what], here[what])}\n"
+                    f"its {what} differs:\n{_differences(there.get(what), here[what])}\n"
                     "Choose another directory, or go back to the settings it had."
                 )
 

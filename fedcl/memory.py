@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from fedcl import (
     _engine,
     _evaluation,
+    _frozen,
     _hosts,
     _phase,
     _placement,
@@ -84,6 +85,7 @@ def report(
     mesh: Mesh | None = None,
     evaluate: Callable[[base.State], PyTree] | None = None,
     every: int | None = None,
+    checkpoint: bool = False,
     limit: int | None = None,
 ) -> Report:
     """Bytes that `fedcl.run` with these arguments will need on one device.
@@ -100,6 +102,7 @@ def report(
       mesh: as in `fedcl.run`.
       evaluate: as in `fedcl.run`.
       every: as in `fedcl.run`.
+      checkpoint: whether it saves itself, from a copy.
       limit: bytes that it may take; by default what the device has left, or on a CPU
         the machine, and what is there of the arguments.
 
@@ -127,6 +130,7 @@ def report(
         begun, lowered = _stored.lower(program.parts[0].federated, state, stream, key)
         begun = jax.eval_shape(program.begun, begun)
     else:
+        program = program.of_state(state)
         begun = jax.eval_shape(program.begun, state)
         begun = _on(mesh, begun, program.seeded, state.server.frozen)
         lowered = program.lower(begun)
@@ -135,15 +139,15 @@ def report(
     if test is not None:
         temporary = max(temporary, _need(_tested(program, begun, test))[0])
     sizes = _sizes(begun, stream, program.parts, test)
-    passed = sizes["base θ"] + sizes["φ and server"]
-    if not isinstance(state.clients, Store):
-        passed += sizes["client states"]
-    sizes["state passed in"], sizes[TEMPORARY] = passed, temporary
+    changing = _consumed(program, begun, state, mesh)
+    passed = _bytes(changing)
+    copy = _bytes((changing, begun.phases)) if checkpoint else 0
+    sizes |= {"state passed in": passed, "checkpoint": copy, TEMPORARY: temporary}
     if limit is None:
         limit = _room(mesh, _resident((state, stream, program.parts, test)))
     found = Report(
         sizes,
-        temporary + held + passed + _bytes(test),
+        temporary + held + passed + copy + _bytes(test),
         limit,
         *_messages(program.parts, begun, stream, key, program.seeded),
         (),
@@ -153,6 +157,22 @@ def report(
         listed = "\n".join(f"- {line}" for line in found.advice)
         raise MemoryError(f"This run will not fit:\n{found}\nWhat helps:\n{listed}")
     return found
+
+
+def fits(compiled: Any, given: PyTree, mesh: Mesh | None) -> bool:
+    """Whether a compiled program's temporaries and results fit beside its arguments."""
+    room = _room(mesh, _resident(given))
+    return room is None or sum(_need(compiled)) <= room
+
+
+def _consumed(program: _program.Program, begun: base.State, state, mesh) -> PyTree:
+    """What a run copies of the state that it is given."""
+    if isinstance(state.clients, Store):
+        return begun.server
+    stays = lambda x, still: still and (mesh is None or _placement.lies_on(x, mesh))
+    still = jax.tree.map(stays, state.server.frozen, program.still)
+    copied = _frozen.without(begun, _frozen.held(begun, still))
+    return copied.server, copied.clients
 
 
 def _tested(program: _program.Program, state: base.State, test: Callable) -> Any:

@@ -139,7 +139,8 @@ def run(
         schedule=schedule,
         mesh=mesh,
     )
-    state = program.begun(jax.tree.map(jnp.copy, state))
+    program = program.of_state(state)
+    state = program.begun(program.copied(state))
     if mesh is not None:
         _hosts.check_same((state, stream, key), "The federations")
     state = _engine.place(state, mesh, seeded)
@@ -153,7 +154,7 @@ def run(
         state, metrics = program.segment(here, start, stop)
         return state, metrics, first(state)
 
-    return drive(segment, first, state, key, options)
+    return drive(segment, first, state, key, options._replace(still=program.still))
 
 
 def _check_options(rounds: int, every: int | None, nonfinite: str) -> None:
@@ -209,11 +210,15 @@ def choose_schedule(
         "fedcl.rounds", at level INFO.
 
     Returns:
-      "vmap", "scan" or a chunk size.
+      "vmap", "scan" or a chunk size. One that does not fit into memory, as its compiled
+      program says, is not tried.
 
     Raises:
       ValueError: if given phases.
+      MemoryError: if none fits.
     """
+    from fedcl import memory
+
     if not isinstance(algorithm, base.Algorithm):
         raise ValueError('schedule="auto" needs an Algorithm, not a list of phases.')
     sampler = cohort or cohorts.everyone()
@@ -230,7 +235,10 @@ def choose_schedule(
 
     def seconds(candidate: _engine.Schedule) -> float:
         one, given = program(candidate)
-        go = lambda: jax.block_until_ready(one(*given))
+        compiled = one.lower(*given).compile()
+        if not memory.fits(compiled, given, mesh):
+            return math.inf
+        go = lambda: jax.block_until_ready(compiled(*given))
         go()
         return min(_timed(go) for _ in range(repeats))
 
@@ -239,8 +247,16 @@ def choose_schedule(
     times = _hosts.agreed(_kept.read(name))
     when = ", as measured before on this machine" if times else ""
     if not times:
-        times = _hosts.agreed([[c, seconds(c)] for c in candidates])
-        _kept.write(name, times)
+        found = _hosts.agreed([[c, seconds(c)] for c in candidates])
+        times = [pair for pair in found if pair[1] < math.inf]
+        if not times:
+            raise MemoryError(
+                f"A round fits into memory under none of the schedules {candidates}: "
+                "take a smaller cohort or batch, or ask fedcl.memory.report what helps."
+            )
+        if times == found:
+            _kept.write(name, times)
+        when += "".join(f"; {c}: does not fit" for c, t in found if t == math.inf)
     best = min(times, key=lambda pair: pair[1])[0]
     listed = ", ".join(f"{c}: {1e3 * t:.1f} ms" for c, t in times)
     said = f"schedule {best!r}, the fastest of a round by {listed}{when}"

@@ -23,7 +23,12 @@ def where(pred: jax.Array, a: PyTree, b: PyTree) -> PyTree:
     >>> where(jnp.array(True), {"w": 1}, {"w": 2})["w"].item()
     1
     """
-    return jax.tree.map(lambda x, y: jnp.where(pred, x, y), a, b)
+
+    def leaf(x, y):
+        same = x is y and isinstance(x, jax.Array)  # Such as θ, of any size.
+        return x if same else jnp.where(pred, x, y)
+
+    return jax.tree.map(leaf, a, b)
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:

@@ -109,23 +109,31 @@ def test_what_the_file_does_not_show_is_refused():
         experiment.run(load(STORE, arms=f"arms={{a={{chain=[{ewc}]}}}}"))
 
 
-def test_what_will_not_fit_is_refused_before_it_runs(monkeypatch):
+def test_what_will_not_fit_is_refused_before_it_is_made(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(memory, "report", refuse)
-    with pytest.raises(MemoryError, match="arm a: too much"):
+
+    def unmade(parts, state, stream, **options):
+        made = [x for x in jax.tree.leaves(state) if isinstance(x, jax.Array)]
+        refuse(*made, **options)
+
+    monkeypatch.setattr(memory, "report", unmade)
+    with pytest.raises(MemoryError, match="arm a: too much of 0, with checkpoints"):
+        experiment.run(load(), tmp_path / "out", progress=told.append)
+    with pytest.raises(MemoryError, match="arm a: too much of 0$"):
         experiment.run(load(), progress=told.append)
     assert not any(event.done for event in told)
 
 
-def refuse(*given, **options):
-    raise MemoryError("too much")
+def refuse(*given, checkpoint=False, **options):
+    also = ", with checkpoints" if checkpoint else ""
+    raise MemoryError(f"too much of {len(given)}{also}")
 
 
 def test_who_asks_to_go_on_goes_on(monkeypatch):
     told = []
     monkeypatch.setattr(memory, "report", refuse)
     _engine.tell_memory("report", told.append, "a", (), {})
-    assert [event.text for event in told] == ["a: too much"]
+    assert [event.text for event in told] == ["a: too much of 0"]
     _engine.tell_memory("ignore", told.append, "a", (), {})
     assert len(told) == 1
 

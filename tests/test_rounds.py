@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import fedcl
-from fedcl import _program, algorithms, cohorts, metrics, phases, testing, tree
+from fedcl import _program, algorithms, cohorts, memory, metrics, phases, testing, tree
 from fedcl.rounds import FaultError
 from fedcl.tpu import mesh
 from tests.problems import many, replaying
@@ -70,6 +70,37 @@ def test_auto_names_its_choice_and_keeps_it(problem, tmp_path, monkeypatch):
     assert repr(chosen) in told[0] and "scan:" in told[0] and "vmap:" in told[0]
     assert choose() == chosen
     assert told[1] == f"{told[0]}, as measured before on this machine"
+
+
+def test_auto_runs_and_tries_a_chunk(problem, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("FEDCL_CACHE", str(tmp_path))
+    p = many(problem, 8)
+    algorithm = algorithms.fedavg(p.loss_fn, optax.sgd(0.1))
+    state = algorithm.init(p.params, p.stream.example(), 8)
+    run = lambda schedule: fedcl.run(
+        algorithm, state, p.stream, key=KEY, rounds=2, schedule=schedule
+    )[0]
+    with caplog.at_level("INFO", logger="fedcl.rounds"):
+        found = run("auto")
+    assert "2: " in caplog.text and "scan: " in caplog.text
+    assert_close(found, run("vmap"))
+
+
+def test_auto_does_not_try_what_does_not_fit(problem, tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDCL_CACHE", str(tmp_path))
+    p = many(problem, 8)
+    algorithm = algorithms.fedavg(p.loss_fn, optax.sgd(0.1))
+    state = algorithm.init(p.params, p.stream.example(), 8)
+    told, room = [], iter([True, False, True])
+    monkeypatch.setattr(memory, "fits", lambda *args: next(room))
+    choose = lambda: fedcl.rounds.choose_schedule(
+        algorithm, state, KEY, p.stream, repeats=1, tell=told.append
+    )
+    assert choose() != "scan"
+    assert "scan: does not fit" in told[0] and "scan: 0" not in told[0]
+    monkeypatch.setattr(memory, "fits", lambda *args: False)
+    with pytest.raises(MemoryError, match="under none of the schedules.*'scan', 2"):
+        choose()
 
 
 def test_a_run_in_pieces_is_the_run_in_one(problem):
