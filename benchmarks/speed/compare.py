@@ -6,7 +6,8 @@
 first run minus the second; the rest is of the second run alone, "core s" its time on all
 cores together. The matmul rate is this machine's own, measured between the runs. `--check`
 compares the weights after one round instead. Give a Python that has the peer, or
-FOLDER=PYTHON for one whose packages lie in a folder (`pip install --target`).
+FOLDER=PYTHON for one whose packages lie in a folder (`pip install --target`). A peer that
+fails is named, with why, and the others go on.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -27,10 +28,10 @@ import numpy as np
 from work import WORKS, cores, flops
 
 HERE = Path(__file__).parent
-# Of each peer, the script and options; "fedcl-devices" makes each core a device.
+# On a GPU, leave room for the peers beside the matmul rate's program.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 SCRIPTS = {
     "fedcl": "ours.py",
-    "fedcl-devices": f"ours.py --devices {cores()}",
     "floor": "floor.py",
     "drjax": "drjax_peer.py",
     "fedjax": "fedjax_peer.py",
@@ -38,6 +39,9 @@ SCRIPTS = {
     "pfl": "pfl_peer.py",
     "flower": "flower_peer.py",
 }
+OWN = ("fedcl", "floor")  # Which need no Python of their own.
+SPREAD = ("fedcl", "floor", "drjax")  # Which can take each core for a device.
+DEVICES = "-devices"
 TOLERANCE = 1e-4
 T = TypeVar("T")
 
@@ -53,6 +57,14 @@ def one(python: str, script: str, *options: str) -> dict:
         raise RuntimeError(f"{' '.join(command)}:\n{done.stderr[-2000:]}")
     said = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return json.loads(said[-1])
+
+
+def words_of(peer: str, work: str) -> str:
+    """The peer's script and options; with "-devices", as many cores as split the cohort."""
+    name, devices = peer.removesuffix(DEVICES), peer.endswith(DEVICES)
+    size = WORKS[work].size
+    most = max(d for d in range(1, cores() + 1) if size % d == 0)
+    return f"{SCRIPTS[name]} --devices {most}" if devices else SCRIPTS[name]
 
 
 def matmul_rate(
@@ -74,12 +86,23 @@ def matmul_rate(
     return 2 * m * k * n / min(seconds) / 1e9
 
 
+def on_cpu() -> bool:
+    import jax
+
+    return jax.default_backend() == "cpu"
+
+
 def in_turn(runs: Mapping[T, Callable[[], dict]], repeats: int) -> dict[T, list[dict]]:
     """What each run told, each time, one run after another."""
     told: dict[T, list[dict]] = {name: [] for name in runs}
     for _ in range(repeats):
-        for name, run in runs.items():
-            told[name].append(run())
+        for name in list(told):
+            try:
+                told[name].append(runs[name]())
+            except RuntimeError as error:
+                print(f"{name} failed and is left out: {error}", file=sys.stderr)
+                del told[name]
+                continue
             print(name, told[name][-1], file=sys.stderr, flush=True)
     return told
 
@@ -89,9 +112,12 @@ def medians(told: list[dict], keys: Iterable[str]) -> dict[str, float]:
     return {key: statistics.median(run[key] for run in told) for key in keys}
 
 
-def compare(work: str, peers: dict[str, str], repeats: int) -> list[dict]:
+def compare(
+    work: str, peers: dict[str, str], repeats: int, options: Sequence[str] = ()
+) -> list[dict]:
     """One row per peer, medians over the repeats, and one of the matmul rate."""
-    runs = {name: partial(one, p, SCRIPTS[name], work) for name, p in peers.items()}
+    words = {name: words_of(name, work) for name in peers}
+    runs = {n: partial(one, p, words[n], work, *options) for n, p in peers.items()}
     found = in_turn({**runs, "matmul": lambda: {"gflops": matmul_rate()}}, repeats)
     rate = medians(found.pop("matmul"), ["gflops"])["gflops"]
     rows = []
@@ -130,7 +156,7 @@ def check(work: str, peers: dict[str, str]) -> dict[str, float]:
         ends = {}
         for name, python in peers.items():
             file = str(Path(folder) / f"{name}.npz")
-            one(python, SCRIPTS[name], work, "--rounds", "1", "--save", file)
+            one(python, words_of(name, work), work, "--rounds", "1", "--save", file)
             ends[name] = dict(np.load(file))
     gaps = {}
     for name, end in ends.items():
@@ -145,17 +171,20 @@ def main() -> None:
     parser.add_argument(
         "--works", nargs="+", choices=WORKS, default=["mlp", "cnn", "vit"]
     )
-    parser.add_argument("--peers", nargs="+", choices=SCRIPTS, help="of those given")
+    parser.add_argument("--peers", nargs="+", help="of those given")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--check", action="store_true", help="weights, not seconds")
+    parser.add_argument("--schedule", help="of the clients, in all; vmap on a GPU")
     parser.add_argument("--json", help="write every figure to this file")
-    for name in ("drjax", "fedjax", "torch", "pfl", "flower"):
+    for name in SCRIPTS.keys() - set(OWN):
         parser.add_argument(f"--{name}", help=f"a Python that has {name}")
     given = parser.parse_args()
-    peers = dict.fromkeys(("fedcl", "fedcl-devices", "floor"), sys.executable)
-    others = {name: getattr(given, name) for name in SCRIPTS if name not in peers}
-    peers |= {name: python for name, python in others.items() if python}
-    peers = {name: p for name, p in peers.items() if name in (given.peers or peers)}
+    peers = {n: sys.executable if n in OWN else getattr(given, n) for n in SCRIPTS}
+    peers |= {n + DEVICES: peers[n] for n in SPREAD if on_cpu()}
+    chosen = given.peers or peers
+    peers = {
+        name: python for name, python in peers.items() if python and name in chosen
+    }
     if given.check:
         for work in given.works:
             gaps = check(work, peers)
@@ -163,8 +192,9 @@ def main() -> None:
             assert max(gaps.values()) <= TOLERANCE, gaps
         return
     rows = []
+    options = ["--schedule", given.schedule] if given.schedule else []
     for work in given.works:
-        rows += compare(work, peers, given.repeats)
+        rows += compare(work, peers, given.repeats, options)
         print(f"{work}: {flops(WORKS[work]) / 1e9:.1f} GFLOP a round", file=sys.stderr)
     print(
         f"{platform.processor() or platform.machine()}, {cores()} cores, n = "

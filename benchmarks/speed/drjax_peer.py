@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import nets
 import numpy as np
+from jax.sharding import AxisType
 from work import ORDERS, Peer, Work, measure, rows_of
 
 
@@ -36,7 +37,13 @@ def prepare(work: Work) -> Peer:
         return jax.lax.scan(step, phi, (ts, rows.who))[0]
 
     given = jax.device_put((phi, theta, rows))
-    go = lambda: jax.block_until_ready(run(*given))
+    auto = (AxisType.Auto,)
+    mesh = jax.make_mesh((work.devices,), ("clients",), axis_types=auto)
+
+    def go():
+        with jax.set_mesh(mesh):
+            return jax.block_until_ready(run(*given))
+
     return Peer(go, lambda end: jax.tree.map(np.asarray, end))
 
 

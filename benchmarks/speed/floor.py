@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import nets
 import numpy as np
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from work import ORDERS, Peer, Work, measure, rows_of
 
 
@@ -23,7 +25,10 @@ def prepare(work: Work) -> Peer:
             t, who = given
             index = rows.order[who, t % ORDERS]  # [C, S, B]
             one = lambda i: local(phi, theta, rows.x[i], rows.y[i])
-            return mean(one, index, phi, work.schedule), None
+            sums = lambda index: total(one, index, phi, work.schedule)
+            if work.devices > 1:
+                sums = spread(sums, work.devices)
+            return jax.tree.map(lambda p: p / len(index), sums(index)), None
 
         ts = jnp.arange(rows.who.shape[0])
         return jax.lax.scan(round_, phi, (ts, rows.who))[0]
@@ -33,8 +38,16 @@ def prepare(work: Work) -> Peer:
     return Peer(go, lambda end: jax.tree.map(np.asarray, end))
 
 
-def mean(one, index, phi, schedule):
-    """The mean of `one` over the clients, some at a time and added up."""
+def spread(sums, devices: int):
+    """The same sums, of clients over devices."""
+    mesh = jax.make_mesh((devices,), ("clients",), axis_types=(AxisType.Auto,))
+    own = lambda index: jax.lax.psum(sums(index), "clients")
+    where = {"mesh": mesh, "in_specs": P("clients"), "out_specs": P()}
+    return jax.shard_map(own, **where, check_vma=False)
+
+
+def total(one, index, phi, schedule):
+    """The sum of `one` over the clients, some at a time and added up."""
     size = {"vmap": len(index), "scan": 1}.get(schedule, schedule)
 
     def add(total, index):
@@ -44,8 +57,7 @@ def mean(one, index, phi, schedule):
         return jax.tree.map(added, total, ends), None
 
     chunks = index.reshape(-1, size, *index.shape[1:])
-    total = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, phi), chunks)[0]
-    return jax.tree.map(lambda p: p / len(index), total)
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, phi), chunks)[0]
 
 
 if __name__ == "__main__":
