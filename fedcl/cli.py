@@ -4,11 +4,12 @@ What is heavy is imported inside the commands, so that help is quick.
 """
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
+from importlib.metadata import requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -227,10 +228,25 @@ def _clear_errors(debug: bool, command: str, out: Path | None) -> Iterator[None]
         where = "" if out is None else f" --out {out}"
         how = f"\nContinue with: {command}{where} --resume"
         _fail(INTERRUPTED, (str(e) or "Interrupted.") + how)
+    except ImportError as e:
+        extra = _extra_of(e.name or "")
+        if debug or extra is None:
+            raise
+        _fail(BAD_INPUT, f"{e}. Install it: pip install 'fedcl-jax[{extra}]'")
     except Exception as e:
         if debug or not isinstance(e, _expected()):
             raise
         _fail(BAD_INPUT, str(e) if not isinstance(e, KeyError) else str(e.args[0]))
+
+
+def _extra_of(module: str) -> str | None:
+    """The extra of fedcl that brings a module, if there is one."""
+    for line in requires("fedcl-jax") or ():
+        package = re.match(r"[\w.-]+", line)
+        extra = re.search(r"extra == ['\"](\w+)", line)
+        if package and extra and package[0].replace("-", "_") == module.split(".")[0]:
+            return extra[1]
+    return None
 
 
 def _expected() -> tuple[type[Exception], ...]:

@@ -120,7 +120,7 @@ def bytes_up(given: Any) -> dict[str, int]:
 
 def _sent(ready: _run.Ready) -> int:
     parts, stream = ready.parts, ready.stream
-    one = jax.tree.map(lambda x: x[0], ready.state)
+    one = jax.tree.map(lambda x: x[0], ready.begin())
     begun = jax.eval_shape(lambda s: phases.start(parts, s), one)
     step = lambda s, key: phases.step(parts, s, key, jnp.int32(0), stream)
     after = jax.eval_shape(step, begun, jax.random.key(0))[0]

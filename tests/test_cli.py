@@ -125,6 +125,17 @@ def test_bad_input_is_one_clear_block(words, fragments):
     assert any(line.startswith("error: ") for line in result.stderr.splitlines())
 
 
+def test_a_package_of_an_extra_is_named_with_the_extra(monkeypatch):
+    def load(*given):
+        raise ModuleNotFoundError("No module named 'gguf'", name="gguf.constants")
+
+    monkeypatch.setattr("fedcl.experiment.load", load)
+    result = call("run", TINY)
+    assert result.exit_code == 2
+    assert "pip install 'fedcl-jax[fm]'" in result.output
+    assert cli._extra_of("no_such_module") is None
+
+
 def test_a_directory_that_cannot_be_written_is_told_before_computing(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a directory")
