@@ -206,6 +206,25 @@ def test_what_is_absent_is_said_with_how_to_get_it(tmp_path):
         _text.corpus(texts)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'["\xff"]', r"nlp-corpus0/.*doc-0.json is not UTF-8: byte 2 is 0xff"),
+        (b'["a", ', r"doc-0.json is not JSON: Expecting value at line 1, column 7"),
+        (b'["a", 3]', r"data.text.parts: .*doc-0.json\[1\] is 3; it must be a text"),
+        (b'["a", [["b"]]]', r"doc-0.json\[1\] is \[\['b'\]\]; it must be a text"),
+    ],
+)
+def test_sentences_that_cannot_be_read_are_named(tmp_path, content, message):
+    given = experiment.load("lm-languages", settings(tmp_path), "tiny").data.text
+    for i, pattern in enumerate(given.parts.values()):
+        file = tmp_path / pattern.replace("*", "0")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b'["a"]' if i else content)
+    with pytest.raises(ValueError, match=message):
+        _text.corpus(given)
+
+
 def test_the_rows_of_a_limit_are_real():
     mask = np.asarray([[1, 1, 1, 1], [1, 0, 0, 0]], np.float32)
     rows = {"tokens": np.arange(8).reshape(2, 4, 1), "mask": mask}

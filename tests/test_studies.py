@@ -159,6 +159,21 @@ def test_documents_that_are_not_there(tmp_path):
         encoder.rows(e)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"title": "\xff"}]', r"reuters-001.json is not UTF-8: byte 12 is 0xff"),
+        (b'[{"title": ', r"reuters-001.json is not JSON: Expecting value at line 1"),
+        (b'[{"title": "a"}, "b"]', r"reuters-001.json\[1\] is 'b'; it must be a map"),
+        (b'[{"body": 3}]', r"reuters-001.json\[0\] is {'body': 3}.* in title, body"),
+    ],
+)
+def test_documents_that_cannot_be_read_are_named(news, content, message):
+    (news[0] / "reuters-001.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        encoder.rows(experiment.load("encoder-topics", of(news), "tiny"))
+
+
 def test_heads_on_a_frozen_encoder(news):
     given = only("encoder-topics", ["fedavg", "ncm"], of(news))
     (point,) = experiment.run(given).summary["points"].values()
