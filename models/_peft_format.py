@@ -103,8 +103,8 @@ def load_adapter(folder: str | Path, base: Pretrained) -> Pretrained:
     Raises:
       FileNotFoundError: if a file is missing.
       ValueError: for what is not plain LoRA, naming the entry, a start that changes
-        the base's kernels (PiSSA and its like), a missing `lora_alpha`, tensors that match no
-        module of the base, and shapes that do not fit.
+        the base's kernels (PiSSA and its like), a missing `lora_alpha`, tensors that
+        match no module of the base, and shapes that do not fit.
     """
     at = Path(folder)
     raw, tensors = _opened(at)
