@@ -28,7 +28,7 @@ from fedcl._experiment_config import (
 if TYPE_CHECKING:
     from fedcl._experiment_run import Own, Setup, Tell
 
-EXACT = ("fedex_lora",)  # Servers that need accumulators beside the adapters.
+EXACT = ("fedex_lora", "flora")  # Servers that need accumulators beside the adapters.
 BYTES, END = 256, 256
 
 

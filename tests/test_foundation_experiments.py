@@ -114,6 +114,38 @@ def test_prompts_and_seeds_on_text(folder):
     assert bytes_up(given) == {"prompt": 4 * 3 * 16 + 4, "seeds": 4 * 8 + 4}
 
 
+FLORA = 'public=false, server={method="flora"%s}'
+
+
+def test_flora_runs_from_a_file(folder):
+    """It is FedEx-LoRA as long as it does not start again."""
+    exact = 'public=false, server={method="fedex_lora"}'
+    never = FLORA % ", every=99"
+    arms = f"arms={{often={{{FLORA % ''}}}, never={{{never}}}, exact={{{exact}}}}}"
+    result = experiment.run(
+        experiment.load("lm-languages", settings(folder, arms), "tiny")
+    )
+    nats = {arm: result.history[f"{arm}/nats"] for arm in ("often", "never", "exact")}
+    np.testing.assert_allclose(nats["never"], nats["exact"], rtol=1e-5)
+    assert not np.allclose(nats["often"][:, -1], nats["exact"][:, -1], atol=1e-5)
+    assert (nats["often"][:, -1] < nats["often"][:, 0]).all()
+
+
+def test_flora_draws_from_the_seed(folder):
+    def key(*more):
+        arms = f"arms={{often={{{FLORA % ''}}}}}"
+        e = experiment.load("lm-languages", settings(folder, arms, *more), "tiny")
+        assert "key" not in e.arms["often"].server
+        state = _build.server(e, e.arms["often"]).init({"w": jnp.zeros(1)})
+        return np.asarray(jax.random.key_data(jax.tree.leaves(state)[0])).tolist()
+
+    assert key() == key() != key("seeds=[7]")
+    with pytest.raises(
+        experiment.ConfigError, match="flora: key is drawn from `seeds`"
+    ):
+        experiment.load("lm-languages", [f"arms={{a={{{FLORA % ', key=3'}}}}}"])
+
+
 def test_the_base_has_the_loss_of_its_rows_one_by_one(finished, folder):
     """Against the test rows of the tables, in NumPy from the logits."""
     result, _, given = finished
