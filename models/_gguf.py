@@ -261,8 +261,8 @@ def _repeated(gguf: Gguf) -> bool:
         return False
     if one.kind != other.kind:
         return np.array_equal(dequantised(gguf, EMBEDDING), dequantised(gguf, HEAD))
-    raw = [np.frombuffer(gguf.data, np.uint8, s.size, s.start) for s in (one, other)]
-    return np.array_equal(*raw)
+    raw = lambda s: np.frombuffer(gguf.data, np.uint8, s.size, s.start)
+    return np.array_equal(raw(one), raw(other))
 
 
 def architecture(gguf: Gguf) -> Architecture:
