@@ -78,6 +78,20 @@ def test_the_metrics_are_the_matrix(finished):
     assert "nats" in (result.out / "R.csv").read_text().splitlines()[0]
 
 
+def test_how_far_the_mean_of_factors_is_off_is_shown(finished):
+    """Only FedIT, the server of the file, tells it; the exact sum has none."""
+    result = finished[0]
+    told, heard = (result.history[f"fedit/{k}"] for k in ("lora_bias", "reported"))
+    assert told.shape == heard.shape and (heard > 0).any() and (told >= 0).all()
+    mean = told[0][heard[0] > 0].mean()
+    arms = result.summary["arms"]
+    assert arms["fedit"]["lora_bias"]["mean"] == pytest.approx(mean) and mean > 1e-3
+    assert "lora_bias" not in arms["base"] and "lora_bias" not in arms["exact"]
+    assert "mean of their products" in result.summary["meaning"]["lora_bias"]
+    page = " ".join((result.out / "report.html").read_text().split())
+    assert f"fedit {mean:.3f}" in page
+
+
 def test_arms_start_at_the_base_and_all_but_it_learn(finished):
     history = finished[0].history
     base = history["base/nats"]
