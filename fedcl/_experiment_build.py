@@ -18,7 +18,7 @@ from fedcl._experiment_config import Arm, Client, Experiment, Tuned
 from fedcl._experiment_tuned import adapted as adapted
 
 PyTree = Any
-INIT, RUN, PUBLIC, ADAPTER = range(4)  # What each seed's key is folded with.
+INIT, RUN, PUBLIC, ADAPTER, SERVER = range(5)  # What each seed's key is folded with.
 
 
 class Table(NamedTuple):
@@ -377,9 +377,10 @@ def others(
 
 
 def server(e: Experiment, arm: Arm) -> aggregation.Server:
-    """The server chain of an arm."""
+    """The server chain of an arm; what it draws is the same for all seeds."""
     given = arm.server or e.federation.server
-    stage = _methods.made(given, _methods.servers())
+    key = jax.random.fold_in(jax.random.key(np.uint32(e.seeds[0])), SERVER)
+    stage = _methods.made(given, _methods.servers(), key=key)
     clip = e.federation.clip
     before = [] if clip is None else [_clipped(clip)]
     after = [] if isinstance(stage, aggregation.Server) else [optax.sgd(1.0)]

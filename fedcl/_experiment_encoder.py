@@ -5,8 +5,7 @@ kept on disk; a model on top of them is then as cheap as one on small images.
 """
 
 import hashlib
-import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -57,6 +56,8 @@ def rows(e: Experiment) -> dict[str, np.ndarray]:
 
 def _chosen(given: Labelled) -> Iterator[dict[str, str]]:
     """The first documents of each class, in the files' order."""
+    from fedcl.streams._text import json_items
+
     folder = Path(given.path).expanduser()
     files = sorted(folder.glob(given.pattern))
     if not files:
@@ -65,12 +66,23 @@ def _chosen(given: Labelled) -> Iterator[dict[str, str]]:
         )
     left = dict.fromkeys(given.classes, given.per_class or 10**9)
     for file in files:
-        for document in json.loads(file.read_text("utf-8")):
-            label = _one(document.get(given.label))
-            text = "\n".join(document.get(f) or "" for f in given.fields).strip()
+        for place, document in json_items(file, str(file)):
+            text, label = _read(given, document, place)
             if text and left.get(label, 0):
                 left[label] -= 1
                 yield {"text": text, "label": label}
+
+
+def _read(given: Labelled, document: Any, place: str) -> tuple[str, str]:
+    """A document's text and its label."""
+    known = isinstance(document, Mapping)
+    parts = [document.get(f) or "" for f in given.fields] if known else [document]
+    if not known or not all(isinstance(part, str) for part in parts):
+        raise ValueError(
+            f"data.labelled: {place} is {document!r:.60}; it must be a mapping with "
+            f"text in {', '.join(given.fields)}."
+        )
+    return "\n".join(parts).strip(), _one(document.get(given.label))
 
 
 def _one(label: Any) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 REDUCTIONS = ("weighted_mean", "mean", "median", "trimmed_mean")
-# The data's and the model's.
-FILLED = ("num_classes", "dimension", "loss_fn", "oracle")
+# The data's, the model's and the run's.
+FILLED = ("num_classes", "dimension", "loss_fn", "oracle", "key")
 TYPES: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (int, float),
@@ -203,6 +203,8 @@ def _argument(
         if required:
             raise ValueError(f"{name} needs {parameter}; add {key} = ...")
         return {key: parameter.default}
+    if key == "key":
+        raise ValueError(f"{name}: key is drawn from `seeds`; leave it out")
     if key == "where":
         return {key: resolve_predicate(str(arguments[key]))}
     value, kinds = arguments[key], _kinds(parameter.annotation)

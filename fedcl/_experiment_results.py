@@ -46,6 +46,10 @@ MEANING = {
     "seconds": "wall time of the arm, all seeds side by side, compilation included",
 }
 
+BIAS = {  # Of arms whose server is `fedit`.
+    "lora_bias": "how far the mean of the adapters' factors is from the mean of their "
+    "products, as a share of it; mean over the rounds in which somebody reported",
+}
 
 # What an evaluation calls the metric.
 COLUMN = {"accuracy": "accuracy", "nats": "loss"}
@@ -124,7 +128,7 @@ def collect(
         "forgetting": e.evaluation.forgetting,
         "metric": setup.metric,
         "card": setup.card or {},
-        "meaning": _nats.MEANING if setup.metric == "nats" else MEANING,
+        "meaning": dict(_nats.MEANING if setup.metric == "nats" else MEANING),
         "arms": {},
     }
     chance = 1 / max(setup.table.classes, 1)
@@ -136,6 +140,9 @@ def collect(
         else:
             values = _values(e, setup, arm, mine, chance)
             values["public_steps"] += _study.before(e, e.arms[name])
+        if "lora_bias" in mine:
+            values["lora_bias"] = _while_heard(mine["lora_bias"], mine["reported"])
+            summary["meaning"] |= BIAS
         summary["arms"][name] = {k: _over_seeds(v) for k, v in values.items()}
     return summary, history
 
@@ -148,6 +155,7 @@ def _columns(arm: Arm) -> dict[str, np.ndarray]:
     nats = {"nats": seen["loss"]} if "loss" in seen else {"accuracy": seen["accuracy"]}
     if "general" in seen:
         nats["general"] = seen["general"]
+    biased = {"lora_bias": told["lora_bias"]} if "lora_bias" in told else {}
     return {
         "at": arm.history.at,
         **nats,
@@ -157,7 +165,14 @@ def _columns(arm: Arm) -> dict[str, np.ndarray]:
         "trained": told["trained"].sum(axis=-1),
         "public_steps": told.get("public/steps", zeros).sum(axis=-1),
         "bytes": np.asarray(arm.sent),
+        **biased,
     }
+
+
+def _while_heard(told: np.ndarray, reported: np.ndarray) -> np.ndarray:
+    """The mean over the rounds in which somebody reported, [S] of [S, R]."""
+    heard = reported > 0
+    return np.where(heard, told, 0).sum(axis=1) / np.maximum(heard.sum(axis=1), 1)
 
 
 def _values(e, setup: "Setup", arm: Arm, mine, chance: float) -> dict[str, np.ndarray]:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
@@ -29,7 +28,7 @@ from fedcl._experiment_config import (
 if TYPE_CHECKING:
     from fedcl._experiment_run import Own, Setup, Tell
 
-EXACT = ("fedex_lora",)  # Servers that need accumulators beside the adapters.
+EXACT = ("fedex_lora", "flora")  # Servers that need accumulators beside the adapters.
 BYTES, END = 256, 256
 
 
@@ -190,9 +189,17 @@ def _sentences(d: Documents, folder: Path) -> Iterator[dict[str, Any]]:
 
 def _lines(files: list[Path]) -> Iterator[str]:
     """The sentences of JSON lists, whose items are texts or begin with one."""
+    from fedcl.streams._text import json_items
+
     for file in files:
-        for item in json.loads(file.read_text("utf-8")):
-            yield item if isinstance(item, str) else item[0]
+        for place, item in json_items(file, str(file)):
+            line = item[0] if isinstance(item, list) and item else item
+            if not isinstance(line, str):
+                raise ValueError(
+                    f"data.text.parts: {place} is {item!r:.60}; it must be a text, or a "
+                    "list that begins with one."
+                )
+            yield line
 
 
 def _joined(lines: Iterator[str], together: int) -> Iterator[str]:

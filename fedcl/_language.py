@@ -154,12 +154,33 @@ def _hide(key, tokens, counts, rate, mask_id, words) -> tuple[jax.Array, jax.Arr
 def adapters_off(params: base.Params) -> base.Params:
     """The same parameters with every low-rank path switched off: the base model.
 
+    What a server has added up beside the kernels (`accumulator`) is switched off too.
+
+    Args:
+      params: parameters with adapters of `fedcl.models.lora`, φ and θ merged.
+
+    Returns:
+      Them with zeros in `lora/scale` and in all of `accumulator`.
+
+    Raises:
+      ValueError: if no leaf is a `lora/scale`: nothing could be switched off.
+
     >>> adapters_off({"q": {"kernel": 1.0, "lora": {"scale": jnp.float32(2)}}})
     {'q': {'kernel': 1.0, 'lora': {'scale': Array(0., dtype=float32)}}}
     """
+    known = [path.split("/") for path in tree.describe(params)]
+    if not any(names[-2:] == ["lora", "scale"] for names in known):
+        listed = ", ".join("/".join(names) for names in known[:8])
+        raise ValueError(
+            "adapters_off: no parameter is a `lora/scale`, so that the reference would "
+            f"be the policy itself; the paths are {listed}"
+            f"{', …' if len(known) > 8 else ''}. Train adapters of fedcl.models.lora, "
+            "or give dpo a `reference` of your own, such as lambda params: start."
+        )
 
     def leaf(path, x):
-        off = tree.path_string(path).endswith("lora/scale")
+        names = tree.path_string(path).split("/")
+        off = names[-2:] == ["lora", "scale"] or "accumulator" in names
         return jnp.zeros_like(x) if off else x
 
     return jax.tree_util.tree_map_with_path(leaf, params)
@@ -182,7 +203,8 @@ def dpo(
     Args:
       apply: `(params, x, key) -> logits [B, T, V]`, where x is what `inputs` gives.
       beta: β.
-      reference: `(params) -> params` of the reference, all of φ and θ given.
+      reference: `(params) -> params` of the reference, all of φ and θ given. By
+        default what is trained must be adapters of `fedcl.models.lora`.
 
     Returns:
       A loss over batches of pairs, the chosen text first and the rejected one second:
@@ -190,7 +212,7 @@ def dpo(
       Weights 1 on the answer and 0 on the prompt.
 
     Raises:
-      ValueError: if the tokens are not pairs.
+      ValueError: if the tokens are not pairs, or there are no adapters to switch off.
 
     Rafailov et al., 2023, https://arxiv.org/abs/2305.18290
 

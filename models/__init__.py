@@ -49,6 +49,7 @@ from fedcl.models._named_classes import named_classes as named_classes
 from fedcl.models._peft import biases as biases
 from fedcl.models._peft import bottleneck as bottleneck
 from fedcl.models._peft import ia3 as ia3
+from fedcl.models._peft import merge_ia3 as merge_ia3
 from fedcl.models._peft_format import load_adapter as load_adapter
 from fedcl.models._peft_format import save_adapter as save_adapter
 from fedcl.models._pretrained import Pretrained as Pretrained

@@ -84,8 +84,8 @@ def read_text(x: Any, vocab: int) -> Text:
 
     Raises:
       TypeError: if the tokens are not integers.
-      ValueError: for other keys or shapes, and outside jit for ids beyond `vocab`;
-        under jit their embedding, and so the loss, is NaN.
+      ValueError: for other keys or shapes, and outside jit for ids below 0
+        or beyond `vocab`; under jit their embedding, and so the loss, is NaN.
     """
     parts = dict(x) if isinstance(x, Mapping) else {"tokens": x}
     _check_text(parts, vocab)
@@ -97,6 +97,16 @@ def read_text(x: Any, vocab: int) -> Text:
             jnp.ones(shape, jnp.int32) if segments is None else segments
         )
     return Text(tokens, segments, positions)
+
+
+def vectors_of(table: jax.Array, ids: jax.Array) -> jax.Array:
+    """Rows of a table, [..., D]; NaN, which no loss passes over, for ids it lacks.
+
+    >>> vectors_of(jnp.ones((2, 1)), jnp.array([1, 2, -1])).tolist()
+    [[1.0], [nan], [nan]]
+    """
+    ids = ids.astype(jnp.int32)
+    return jnp.take(table, jnp.where(ids < 0, len(table), ids), axis=0, mode="fill")
 
 
 def positions_in(segments: jax.Array) -> jax.Array:

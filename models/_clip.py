@@ -23,6 +23,7 @@ from fedcl.models._attention import (
     read_text,
     run_blocks,
     stacked,
+    vectors_of,
     visible,
 )
 from fedcl.models._config import ACTIVATIONS, check_heads, check_one_of, check_positive
@@ -141,7 +142,7 @@ class ClipText(nnx.Module):
         """The tokens' vectors before the first block, [B, T, D]."""
         text = read_text(x, self.config.vocab)
         self._check_length(text)
-        h = jnp.take(self.embed[...], text.tokens, axis=0, mode="fill")
+        h = vectors_of(self.embed[...], text.tokens)
         h = h + jnp.take(self.position[...], text.positions, axis=0, mode="fill")
         return h.astype(self.numbers.compute or h.dtype)
 

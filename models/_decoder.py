@@ -32,6 +32,7 @@ from fedcl.models._attention import (
     rotation,
     run_blocks,
     stacked,
+    vectors_of,
     visible,
 )
 from fedcl.models._init import EMBEDDING_STD, drawn_init
@@ -162,7 +163,7 @@ class Decoder(nnx.Module):
     def embedded(self, x: Any) -> jax.Array:
         """The tokens' vectors before the first block, [B, T, D]."""
         text = read_text(x, self.config.vocab)
-        h = jnp.take(self.embed[...], text.tokens, axis=0, mode="fill")
+        h = vectors_of(self.embed[...], text.tokens)
         if self.config.layout == "gpt2":
             self._check_length(text)
             h = h + jnp.take(self.position[...], text.positions, axis=0, mode="fill")

@@ -27,6 +27,7 @@ from fedcl.models._attention import (
     read_text,
     run_blocks,
     stacked,
+    vectors_of,
     visible,
 )
 from fedcl.models._config import ACTIVATIONS, check_heads, check_one_of, check_positive
@@ -188,8 +189,10 @@ class Encoder(nnx.Module):
         text, types = self._read(x)
         real = 1 if text.segments is None else (text.segments > 0)
         places = text.positions * real + self.config.offset
-        h = _rows(self.embed, text.tokens) + _rows(self.position, places)
-        h = h + (self.type[...][:1][None] if types is None else _rows(self.type, types))
+        h = vectors_of(self.embed[...], text.tokens)
+        h = h + jnp.take(self.position[...], places, axis=0, mode="fill")
+        kind = self.type[...]
+        h = h + (kind[:1][None] if types is None else vectors_of(kind, types))
         return self.embed_norm(h).astype(self.numbers.compute or h.dtype)
 
     def run(self, h: jax.Array, x: Any) -> jax.Array:
@@ -233,11 +236,6 @@ class Encoder(nnx.Module):
                 f"apply: rows of {length} tokens, but the model has positions for {most} "
                 "(`context`); cut the rows into documents of at most that."
             )
-
-
-def _rows(table: nnx.Param, index: jax.Array) -> jax.Array:
-    """Rows of a table; NaN beyond it, which no loss passes over."""
-    return jnp.take(table[...], index, axis=0, mode="fill")
 
 
 def _norm(config: EncoderConfig, numbers: Numbers, rngs: nnx.Rngs) -> nnx.LayerNorm:

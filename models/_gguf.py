@@ -19,6 +19,7 @@ from fedcl.models._safetensors import Array, Tensors
 Config = dict[str, Any]
 _SCALARS = dict(zip([0, 1, 2, 3, 4, 5, 6, 7, 10, 11, 12], "BbHhIif?Qqd", strict=True))
 _STRING, _ARRAY, _NESTED = 8, 9, 4
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 
 class Stored(NamedTuple):
@@ -163,13 +164,13 @@ class Architecture(NamedTuple):
       kind: `model_type`.
       keys: `{key of config.json: key of the metadata, without the architecture}`.
       mend: `(name, array, config) -> array`, undoes what the converter did.
-      ignored: tensors that carry nothing.
+      repeats: whether the head is there even if it is the embedding again.
     """
 
     kind: str
     keys: Mapping[str, str]
     mend: Callable[[str, Array, Config], Array]
-    ignored: tuple[str, ...] = ()
+    repeats: bool = False
 
 
 _LLAMA = {
@@ -217,7 +218,7 @@ def _as_is(name: str, x: Array, config: Config) -> Array:
 ARCHITECTURES = {
     "llama": Architecture("llama", _LLAMA, _unpermuted),
     "qwen2": Architecture("qwen2", _LLAMA, _as_is),
-    "gpt2": Architecture("gpt2", _GPT2, _conv1d, ("output.weight",)),
+    "gpt2": Architecture("gpt2", _GPT2, _conv1d, repeats=True),
 }
 
 
@@ -237,7 +238,7 @@ def config(gguf: Gguf) -> Config:
     found = {k: _plain(own[at]) for k, at in arch.keys.items() if at in own}
     optional = {"head_dim", "rope_theta", "num_key_value_heads", "n_inner"}
     absent = [arch.keys[k] for k in arch.keys.keys() - found.keys() - optional]
-    if absent or "token_embd.weight" not in gguf.stored:
+    if absent or EMBEDDING not in gguf.stored:
         raise ValueError(
             f"load: {gguf.path} lacks {', '.join(sorted(absent)) or 'token_embd.weight'}"
             f" of architecture {prefix[:-1]!r}."
@@ -247,10 +248,21 @@ def config(gguf: Gguf) -> Config:
         for name in ("bos_token_id", "eos_token_id")
         if f"tokenizer.ggml.{name}" in gguf.metadata
     }
-    tied = "output.weight" not in gguf.stored or "output.weight" in arch.ignored
-    vocab = gguf.stored["token_embd.weight"].shape[0]
+    tied = HEAD not in gguf.stored or (arch.repeats and _repeated(gguf))
+    vocab = gguf.stored[EMBEDDING].shape[0]
     shape = {"vocab_size": vocab, "tie_word_embeddings": tied}
     return {"model_type": arch.kind, **found, **_scaling(own), **special, **shape}
+
+
+def _repeated(gguf: Gguf) -> bool:
+    """Whether the head is the embedding, bit by bit."""
+    one, other = gguf.stored[EMBEDDING], gguf.stored[HEAD]
+    if one.shape != other.shape:
+        return False
+    if one.kind != other.kind:
+        return np.array_equal(dequantised(gguf, EMBEDDING), dequantised(gguf, HEAD))
+    raw = lambda s: np.frombuffer(gguf.data, np.uint8, s.size, s.start)
+    return np.array_equal(raw(one), raw(other))
 
 
 def architecture(gguf: Gguf) -> Architecture:
@@ -281,7 +293,8 @@ def tensors(gguf: Gguf, settings: Config, names: list[str]) -> Tensors:
     table = get_tensor_name_map(number, layers)
     found = {name: table.get_name(name, (".weight", ".bias")) for name in names}
     at = {name: there for name, there in found.items() if there in gguf.stored}
-    taken = {*at.values(), *arch.ignored}
+    tied = {HEAD} if settings["tie_word_embeddings"] else set()
+    taken = {*at.values(), *tied}
     at |= {name: name for name in gguf.stored if name not in taken}
 
     def read(name: str) -> Array:

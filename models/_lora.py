@@ -205,18 +205,23 @@ def _beside(
 
 
 def _moved(path: str, kernel: Any, parts: Params, sign: float) -> jax.Array:
+    check_plain("merge_lora", path, kernel)
+    gate = parts["scale"][..., None] * parts["mask"]
+    update = parts["a"] @ (parts["b"] * gate[..., None])
+    return (kernel.astype(jnp.float32) + sign * update).astype(kernel.dtype)
+
+
+def check_plain(who: str, path: str, kernel: Any) -> None:
+    """Refuses a kernel of fewer than 16 bits, or of integers."""
     kind = getattr(kernel, "dtype", None)
     plain = kind is not None and jnp.issubdtype(kind, jnp.floating)
     if not plain or kernel.dtype.itemsize < 2:
         what = ", ".join(kernel) if isinstance(kernel, Mapping) else f"dtype {kind}"
         raise ValueError(
-            f"merge_lora: {path or 'the layer'!r} has a quantised kernel ({what}), "
+            f"{who}: {path or 'the layer'!r} has a quantised kernel ({what}), "
             "which would round the update away; keep the adapter, or dequantise the "
             "base to float32 first."
         )
-    gate = parts["scale"][..., None] * parts["mask"]
-    update = parts["a"] @ (parts["b"] * gate[..., None])
-    return (kernel.astype(jnp.float32) + sign * update).astype(kernel.dtype)
 
 
 def _carries(params: Any) -> bool:

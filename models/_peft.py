@@ -1,6 +1,6 @@
 """Small trained parts beside a frozen network: adapters, scalings, biases."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ from flax import nnx
 
 from fedcl.models import _layers
 from fedcl.models._init import normals
+from fedcl.models._lora import check_plain
 from fedcl.models._model import Model, Params
 from fedcl.models._trainable import Predicate
 
@@ -119,7 +120,8 @@ def ia3(
 
     Returns:
       The adapted model and parameters: beside each chosen `kernel` lies `ia3`, a dict
-      of `output` [..., out] or `input` [..., in], or both. `ia3_only` selects them.
+      of `output` [..., out] or `input` [..., in], or both. `ia3_only` selects them,
+      `merge_ia3` puts them into the kernels.
 
     Raises:
       ValueError: if no layer is chosen; the candidates are listed.
@@ -142,6 +144,62 @@ def ia3(
     draw = lambda key: {path: scales(path, shape) for path, shape in shapes.items()}
     change = _layers.adapted("ia3", _scaled)
     return _layers.attach(model, params, "ia3", change, draw, jax.random.key(0))
+
+
+def merge_ia3(params: Params) -> Params:
+    """Multiplies the scalings of (IA)³ into kernels and biases.
+
+    W <- diag(l_in) W diag(l_out) and b <- l_out ⊙ b.
+
+    Args:
+      params: parameters with scalings; stacked over clients under `jax.vmap`.
+
+    Returns:
+      Parameters of the model before `ia3`; `params` itself is left alone.
+
+    Raises:
+      ValueError: if a kernel is quantised (an integer, or fewer than 16 bits), or a
+        layer with scalings carries something else as well.
+
+    >>> node = {"kernel": jnp.ones((3, 2)), "ia3": {"output": jnp.array([1.0, 4.0])}}
+    >>> merge_ia3({"head": node})["head"]["kernel"][0].tolist()
+    [1.0, 4.0]
+    """
+    return _merged(params, "")
+
+
+def _merged(params: Any, path: str) -> Any:
+    if not isinstance(params, Mapping):
+        return params
+    under = f"{path}/" if path else ""
+    rest: Params = {n: _merged(child, under + n) for n, child in params.items()}
+    if "ia3" not in rest:
+        return rest
+    scales: Any = rest.pop("ia3")
+    kernel: Any = rest.get("kernel")
+    check_plain("merge_ia3", path, kernel)
+    others = sorted(rest.keys() - {"kernel", "bias"})
+    if others:
+        raise ValueError(
+            f"merge_ia3: {path or 'the layer'!r} carries {', '.join(others)} as well, "
+            "and its parameters do not say which acts first; merge it before, if it was "
+            "put there before (IA)³."
+        )
+    new = kernel.astype(jnp.float32)
+    if "input" in scales:
+        new = scales["input"][..., None] * new
+    if "output" in scales:
+        out = _whole(scales["output"], kernel.shape[-1])
+        new = new * out[..., None, :]
+        bias = rest.get("bias")
+        rest |= {} if bias is None else {"bias": (out * bias).astype(bias.dtype)}
+    return rest | {"kernel": new.astype(kernel.dtype)}
+
+
+def _whole(scale: jax.Array, size: int) -> jax.Array:
+    """Ones before the scales, so that there are `size` of them."""
+    lead, missing = scale.shape[:-1], size - scale.shape[-1]
+    return jnp.concatenate([jnp.ones((*lead, missing), scale.dtype), scale], axis=-1)
 
 
 def biases(
@@ -222,8 +280,7 @@ def _scaled(call: Call, layer: Any, inputs: jax.Array) -> jax.Array:
 
 def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
     """The last coordinates of x scaled; as many as there are scales."""
-    rest = jnp.ones(x.shape[-1] - scale.shape[0], scale.dtype)
-    scale = jnp.concatenate([rest, scale]).astype(x.dtype)
+    scale = _whole(scale, x.shape[-1]).astype(x.dtype)
     return x * scale.reshape(*[1] * (x.ndim - 1), -1)
 
 

@@ -43,6 +43,7 @@ _PLAIN: dict[str, Any] = {
     "use_bdlora": None,
     "use_qalora": False,
 }
+_BESIDE = ("gaussian", "eva", "orthogonal")  # Starts that leave the base as it is.
 
 
 class _Factors(NamedTuple):
@@ -101,8 +102,9 @@ def load_adapter(folder: str | Path, base: Pretrained) -> Pretrained:
 
     Raises:
       FileNotFoundError: if a file is missing.
-      ValueError: for what is not plain LoRA, naming the entry, tensors that match no
-        module of the base, and shapes that do not fit.
+      ValueError: for what is not plain LoRA, naming the entry, a start that changes
+        the base's kernels (PiSSA and its like), a missing `lora_alpha`, tensors that
+        match no module of the base, and shapes that do not fit.
     """
     at = Path(folder)
     raw, tensors = _opened(at)
@@ -255,7 +257,25 @@ def _opened(folder: Path) -> tuple[dict[str, Any], _safetensors.Tensors]:
             f"load_adapter: {folder / CONFIG} has {', '.join(wrong)}; only plain LoRA "
             "is read. Merge it into its base with PEFT and load the result."
         )
+    _check_start(folder / CONFIG, raw)
     return raw, _safetensors.open_files([folder / WEIGHTS])
+
+
+def _check_start(path: Path, raw: Mapping[str, Any]) -> None:
+    start, alpha = raw.get("init_lora_weights"), raw.get("lora_alpha")
+    if isinstance(start, str) and start.lower() not in _BESIDE:
+        raise ValueError(
+            f"load_adapter: {path} has init_lora_weights={start!r}, a start with which "
+            "PEFT changes the kernels of the base, which the adapter does not hold. "
+            "Merge it into its base with PEFT and load the result, or let PEFT convert "
+            "it (path_initial_model_for_weight_conversion) when it saves."
+        )
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+        given = f"lora_alpha={alpha!r}" if "lora_alpha" in raw else "no 'lora_alpha'"
+        raise ValueError(
+            f"load_adapter: {path} has {given}; the adapter is scaled by lora_alpha / "
+            "r, so it must be a number. Take the file that PEFT has written."
+        )
 
 
 def _gathered(

@@ -99,8 +99,8 @@ def _check(base: Pretrained, values: dict[str, Any]) -> None:
             "save: the parameters are not those of the base's model.\n  "
             + "\n  ".join(wrong[:8])
             + ("\n  …" if len(wrong) > 8 else "")
-            + "\nMerge adapters with `merge_lora` or save them by `save_adapter`; "
-            "restore quantised kernels with `dequantise`."
+            + "\nMerge adapters with `merge_lora` or `merge_ia3`, or save them by "
+            "`save_adapter`; restore quantised kernels with `dequantise`."
         )
 
 

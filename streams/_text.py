@@ -74,8 +74,9 @@ def text(
 
     Raises:
       ValueError: text that is not UTF-8 (with the file and the byte), a line that is
-        not JSON, a document without the field, nothing to read.
-      TypeError: a record is not a mapping, its text is not a string.
+        not JSON, a document that is no mapping, has not the field, or not a string
+        there, nothing to read.
+      TypeError: `source` is of another kind.
 
     Cost: the text is held in memory; tokens and rows need not be, see `tokenised`.
 
@@ -115,7 +116,7 @@ def _name(source: Any) -> str:
 
 def _record(given: Any, place: str) -> Record:
     if not isinstance(given, Mapping):
-        raise TypeError(
+        raise ValueError(
             f"{place}: a document must be a mapping of fields, such as {{'text': ...}}, "
             f"got {type(given).__name__}"
         )
@@ -141,7 +142,7 @@ def _read(
         )
     value = field(record) if callable(field) else record[field]
     if not isinstance(value, str):
-        raise TypeError(f"{place}: the {what} must be a string, got {value!r:.60}")
+        raise ValueError(f"{place}: the {what} must be a string, got {value!r:.60}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -205,7 +206,7 @@ def _files(path: Path, pattern: str | None) -> Placed:
 
 def _file(path: Path, name: str) -> Placed:
     kind = _checks.choice("the kind of file", path.suffix, _KINDS)
-    read = {".jsonl": _jsonl, ".json": _json, ".txt": _txt}[kind]
+    read = {".jsonl": _jsonl, ".json": json_items, ".txt": _txt}[kind]
     for place, record in read(path, name):
         named = isinstance(record, Mapping) and "file" not in record
         yield place, {**record, "file": name} if named else record
@@ -222,7 +223,12 @@ def _jsonl(path: Path, name: str) -> Placed:
                 yield place, _parsed(content, place)
 
 
-def _json(path: Path, name: str) -> Placed:
+def json_items(path: Path, name: str) -> Placed:
+    """What a .json file holds: the items of its list, or one.
+
+    Raises:
+      ValueError: if it is not UTF-8 or not JSON, with the place in the file.
+    """
     parsed = _parsed(_decoded(path.read_bytes(), name), name)
     if not isinstance(parsed, list):
         parsed, place = [parsed], lambda i: name

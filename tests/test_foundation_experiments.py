@@ -78,6 +78,20 @@ def test_the_metrics_are_the_matrix(finished):
     assert "nats" in (result.out / "R.csv").read_text().splitlines()[0]
 
 
+def test_how_far_the_mean_of_factors_is_off_is_shown(finished):
+    """Only FedIT, the server of the file, tells it; the exact sum has none."""
+    result = finished[0]
+    told, heard = (result.history[f"fedit/{k}"] for k in ("lora_bias", "reported"))
+    assert told.shape == heard.shape and (heard > 0).any() and (told >= 0).all()
+    mean = told[0][heard[0] > 0].mean()
+    arms = result.summary["arms"]
+    assert arms["fedit"]["lora_bias"]["mean"] == pytest.approx(mean) and mean > 1e-3
+    assert "lora_bias" not in arms["base"] and "lora_bias" not in arms["exact"]
+    assert "mean of their products" in result.summary["meaning"]["lora_bias"]
+    page = " ".join((result.out / "report.html").read_text().split())
+    assert f"fedit {mean:.3f}" in page
+
+
 def test_arms_start_at_the_base_and_all_but_it_learn(finished):
     history = finished[0].history
     base = history["base/nats"]
@@ -112,6 +126,38 @@ def test_prompts_and_seeds_on_text(folder):
     arms = f"arms={{prompt={{public=false,{mean}}},seeds={{public=false,{seeds}}}}}"
     given = experiment.load("lm-languages", settings(folder, model, arms), "tiny")
     assert bytes_up(given) == {"prompt": 4 * 3 * 16 + 4, "seeds": 4 * 8 + 4}
+
+
+FLORA = 'public=false, server={method="flora"%s}'
+
+
+def test_flora_runs_from_a_file(folder):
+    """It is FedEx-LoRA as long as it does not start again."""
+    exact = 'public=false, server={method="fedex_lora"}'
+    never = FLORA % ", every=99"
+    arms = f"arms={{often={{{FLORA % ''}}}, never={{{never}}}, exact={{{exact}}}}}"
+    result = experiment.run(
+        experiment.load("lm-languages", settings(folder, arms), "tiny")
+    )
+    nats = {arm: result.history[f"{arm}/nats"] for arm in ("often", "never", "exact")}
+    np.testing.assert_allclose(nats["never"], nats["exact"], rtol=1e-5)
+    assert not np.allclose(nats["often"][:, -1], nats["exact"][:, -1], atol=1e-5)
+    assert (nats["often"][:, -1] < nats["often"][:, 0]).all()
+
+
+def test_flora_draws_from_the_seed(folder):
+    def key(*more):
+        arms = f"arms={{often={{{FLORA % ''}}}}}"
+        e = experiment.load("lm-languages", settings(folder, arms, *more), "tiny")
+        assert "key" not in e.arms["often"].server
+        state = _build.server(e, e.arms["often"]).init({"w": jnp.zeros(1)})
+        return np.asarray(jax.random.key_data(jax.tree.leaves(state)[0])).tolist()
+
+    assert key() == key() != key("seeds=[7]")
+    with pytest.raises(
+        experiment.ConfigError, match="flora: key is drawn from `seeds`"
+    ):
+        experiment.load("lm-languages", [f"arms={{a={{{FLORA % ', key=3'}}}}}"])
 
 
 def test_the_base_has_the_loss_of_its_rows_one_by_one(finished, folder):
@@ -204,6 +250,25 @@ def test_what_is_absent_is_said_with_how_to_get_it(tmp_path):
     texts = experiment.load("lm-languages", ['data.text.path="/nowhere"']).data.text
     with pytest.raises(ValueError, match=r"nothing at .*/nowhere.* npm packages"):
         _text.corpus(texts)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'["\xff"]', r"nlp-corpus0/.*doc-0.json is not UTF-8: byte 2 is 0xff"),
+        (b'["a", ', r"doc-0.json is not JSON: Expecting value at line 1, column 7"),
+        (b'["a", 3]', r"data.text.parts: .*doc-0.json\[1\] is 3; it must be a text"),
+        (b'["a", [["b"]]]', r"doc-0.json\[1\] is \[\['b'\]\]; it must be a text"),
+    ],
+)
+def test_sentences_that_cannot_be_read_are_named(tmp_path, content, message):
+    given = experiment.load("lm-languages", settings(tmp_path), "tiny").data.text
+    for i, pattern in enumerate(given.parts.values()):
+        file = tmp_path / pattern.replace("*", "0")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(b'["a"]' if i else content)
+    with pytest.raises(ValueError, match=message):
+        _text.corpus(given)
 
 
 def test_the_rows_of_a_limit_are_real():

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fedcl import base, losses, metrics
+from fedcl import base, losses, metrics, models, tree
 from tests.oracles import language
 
 V, LENGTH, B = 11, 7, 4
@@ -161,6 +161,72 @@ def test_dpo_learns_the_chosen_and_leaves_the_reference_out_of_the_gradient():
     assert np.all(rewards == 0) and np.sum((after[:, 0] - after[:, 1]) * MASK) > 0
     with pytest.raises(ValueError, match=r"\[4, 7\]; they must be pairs"):
         losses.dpo(adapted)(params, single(tokens=TOKENS, mask=MASK), None)
+
+
+def low_rank(accumulator=None, how=None):
+    """A decoder, and it with adapters on a base that may be quantised."""
+    config = models.DecoderConfig(V, 8, 2, 2, 16, layout="llama")
+    plain = models.decoder(config)
+    start = plain.init(jax.random.key(0))
+    if how:
+        plain, start = models.quantise(plain, start, how=how, group=4)
+    made = models.lora(plain, start, rank=2, alpha=4.0, key=jax.random.key(1))
+    if accumulator:
+        made = models.accumulated(
+            *made, rank={"dense": None, "factors": 2}[accumulator]
+        )
+    return (plain, start), made
+
+
+def drawn_at(params, *names):
+    def leaf(path, x):
+        chosen = tree.path_string(path).endswith(names)
+        return jnp.asarray(0.3 * rng.normal(size=x.shape), x.dtype) if chosen else x
+
+    rng = np.random.default_rng(3)
+    return jax.tree_util.tree_map_with_path(leaf, params)
+
+
+LEARNED = ("lora/b", "accumulator/update", "accumulator/a", "accumulator/b")
+
+
+@pytest.mark.parametrize("how", [None, "nf4"])
+@pytest.mark.parametrize("accumulator", [None, "dense", "factors"])
+def test_dpo_refers_to_the_base_beneath_adapters(accumulator, how):
+    (plain, start), (model, params) = low_rank(accumulator, how)
+    tokens = np.random.default_rng(4).integers(0, V, (B, 2, LENGTH))
+    batch = single(tokens=tokens, mask=MASK)
+    moved = drawn_at(params, *LEARNED)
+    assert not np.allclose(model.apply(moved, TOKENS), plain.apply(start, TOKENS), 0.1)
+    back = model.apply(losses.adapters_off(moved), TOKENS)
+    np.testing.assert_allclose(back, plain.apply(start, TOKENS), atol=1e-6)
+    phi, theta = tree.partition(moved, models.lora_only)
+    loss = lambda p: losses.dpo(model.apply, 1.0)(tree.merge(p, theta), batch, None)[0]
+    value, grads = jax.jit(jax.value_and_grad(loss))(phi)
+    both = [
+        m.apply(p, tokens.reshape(-1, LENGTH))
+        for m, p in ((model, moved), (plain, start))
+    ]
+    both = [np.asarray(z, float).reshape(B, 2, LENGTH, V) for z in both]
+    want, _ = language.dpo(*both, tokens, np.ones(tokens.shape), MASK, 1.0)
+    np.testing.assert_allclose(value, want, rtol=1e-4)
+    assert abs(value - np.log(2)) > 1e-3
+    assert all(jnp.abs(g).max() > 1e-4 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("kind", ["full fine-tuning", "bottleneck adapters"])
+def test_dpo_refuses_a_model_without_adapters_to_switch_off(kind):
+    (model, params), _ = low_rank()
+    if kind != "full fine-tuning":
+        key = jax.random.key(1)
+        model, params = models.bottleneck(model, params, width=2, key=key)
+    tokens = np.random.default_rng(4).integers(0, V, (B, 2, LENGTH))
+    batch = single(tokens=tokens, mask=MASK)
+    with pytest.raises(ValueError, match=r"`lora/scale`.*blocks/.*a `reference`"):
+        losses.dpo(model.apply)(params, batch, None)
+    moved = jax.tree.map(lambda x: 1.1 * x, params)
+    own = losses.dpo(model.apply, 1.0, reference=lambda p: params)
+    assert abs(own(moved, batch, None)[0] - np.log(2)) > 1e-3
 
 
 @pytest.mark.parametrize("named", [False, True])

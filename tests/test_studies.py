@@ -1,14 +1,17 @@
 """The studies that come with fedcl: grids, switches by arm, starts, encoders."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from fedcl import _experiment_encoder as encoder
 from fedcl import _experiment_grid as grid
+from fedcl import _experiment_run as _run
 from fedcl import _experiment_study as study
-from fedcl import experiment
+from fedcl import experiment, tree
 
 BAD = [
     ("switch-study", "public.fraction=0.0", ["arms.always.switch", "public.fraction"]),
@@ -157,6 +160,38 @@ def test_documents_that_are_not_there(tmp_path):
     e = experiment.load("encoder-topics", [f"data.labelled.path={tmp_path}"], "tiny")
     with pytest.raises(ValueError, match=r"holds no reuters-\*.json.*npm package"):
         encoder.rows(e)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"title": "\xff"}]', r"reuters-001.json is not UTF-8: byte 12 is 0xff"),
+        (b'[{"title": ', r"reuters-001.json is not JSON: Expecting value at line 1"),
+        (b'[{"title": "a"}, "b"]', r"reuters-001.json\[1\] is 'b'; it must be a map"),
+        (b'[{"body": 3}]', r"reuters-001.json\[0\] is {'body': 3}.* in title, body"),
+    ],
+)
+def test_documents_that_cannot_be_read_are_named(news, content, message):
+    (news[0] / "reuters-001.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        encoder.rows(experiment.load("encoder-topics", of(news), "tiny"))
+
+
+def test_the_encoder_itself_is_adapted_as_the_file_says(news):
+    """With the very settings in its comment."""
+    shipped = Path(experiment.__file__).parent / "experiments" / "encoder-topics.toml"
+    said = re.findall(r"--set (\"[^\"]+\"|federation[\w.=]+)", shipped.read_text())
+    assert len(said) == 3
+    more = [text.strip('"') for text in said]
+    given = only("encoder-topics", ["fedavg", "ncm"], of(news, *more))
+    setup = _run.prepare(given, lambda event: None)
+    trained = tree.describe(setup.params)
+    assert {path.split("/")[-1] for path in trained if "lora" in path} == {"a", "b"}
+    others = {path for path in trained if "lora" not in path}
+    assert others == {"head/kernel", "head/bias"}
+    result = experiment.run(given)
+    assert set(result.summary["arms"]) == {"fedavg", "ncm"}
+    assert np.isfinite(result.history["fedavg/loss"]).all()
 
 
 def test_heads_on_a_frozen_encoder(news):

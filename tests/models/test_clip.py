@@ -122,6 +122,14 @@ def test_a_text_ends_where_it_ends():
     assert np.isfinite(apply(params, jnp.zeros_like(TOKENS))).all()
 
 
+def test_unknown_ids_under_jit():
+    model = models.clip_text(TEXT)
+    tokens = jnp.array([[13, 5, 12], [-1, 5, 12], [1, 5, 12]])
+    out = jax.jit(model.apply)(drawn(model), tokens)
+    assert jnp.isnan(out).all(axis=1).tolist() == [True, True, False]
+    assert jnp.isfinite(out[2]).all()
+
+
 def test_every_leaf_has_a_gradient_and_adapters_map_over_clients():
     model = models.clip(TINY)
     x = {"images": images(2, 4, 4, 2), "tokens": TOKENS}

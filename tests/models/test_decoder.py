@@ -364,8 +364,12 @@ def test_refused_types_and_unknown_ids_under_jit():
     params = drawn(model)
     with pytest.raises(TypeError, match="integer ids, got float32"):
         model.apply(params, jnp.ones((1, 3)))
-    logits = jax.jit(model.apply)(params, jnp.array([[1, 2, 13], [1, 2, 12]]))
-    assert jnp.isnan(logits[0]).all() and jnp.isfinite(logits[1]).all()
+    for kind in (jnp.int32, jnp.int8):
+        ids = jnp.array([[13, 1, 2], [-1, 1, 2], [12, 1, 2], [-13, 1, 2]], kind)
+        logits = jax.jit(model.apply)(params, ids)
+        unknown = jnp.isnan(logits).all(axis=(1, 2))
+        assert unknown.tolist() == [True, True, False, True]
+        assert jnp.isfinite(logits[2]).all()
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,17 @@ def test_wrong_inputs_are_refused(x, message):
         model.apply(drawn(model), x)
 
 
+def test_unknown_ids_under_jit():
+    model = models.encoder(TINY)
+    params, apply = drawn(model), jax.jit(model.apply)
+    out = apply(params, jnp.array([[1, 2, 13], [1, 2, -1], [1, 2, 12]]))
+    assert jnp.isnan(out).all(axis=(1, 2)).tolist() == [True, True, False]
+    assert jnp.isfinite(out[2]).all()
+    types = jnp.array([[0, 0, 2], [0, 0, -1], [0, 0, 1]])
+    out = apply(params, {"tokens": jnp.ones((3, 3), jnp.int32), "types": types})
+    assert jnp.isnan(out).all(axis=(1, 2)).tolist() == [True, True, False]
+
+
 def test_unit_length():
     x = jnp.array([[3.0, 4.0], [0.0, 0.0]])
     np.testing.assert_allclose(unit(x), [[0.6, 0.8], [0.0, 0.0]], atol=1e-6)

@@ -114,11 +114,9 @@ def gpt2_name(name):
     return f"{top[parts[0]]}.{last}"
 
 
-def test_gpt2_from_gguf_is_gpt2_from_safetensors(tmp_path):
-    """llama.cpp turns GPT-2's linear layers to [out, in] and repeats the embedding."""
-    folder = Path(__file__).parents[1] / "goldens" / "peft_gpt2" / "base"
-    weights = load_file(folder / "model.safetensors")
-    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "gpt2")
+def write_gpt2(path, weights, head):
+    """As llama.cpp does: linear layers turned to [out, in], and a head always there."""
+    writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_block_count(3)
     writer.add_context_length(32)
     writer.add_embedding_length(16)
@@ -128,15 +126,53 @@ def test_gpt2_from_gguf_is_gpt2_from_safetensors(tmp_path):
     for name, x in weights.items():
         linear = ".c_" in name and x.ndim == 2
         writer.add_tensor(gpt2_name(name), np.ascontiguousarray(x.T) if linear else x)
-    writer.add_tensor("output.weight", weights["transformer.wte.weight"])
+    if head is not None:
+        writer.add_tensor("output.weight", head)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    base = models.load(tmp_path / "x.gguf", allow="any", remat=True)
-    plain = models.load(folder, allow="any")
+    return models.load(path, allow="any", remat=True)
+
+
+PEFT_GPT2 = Path(__file__).parents[1] / "goldens" / "peft_gpt2" / "base"
+
+
+@pytest.mark.parametrize("head", ["repeated", "absent"])
+def test_gpt2_from_gguf_is_gpt2_from_safetensors(tmp_path, head):
+    weights = load_file(PEFT_GPT2 / "model.safetensors")
+    repeated = weights["transformer.wte.weight"] if head == "repeated" else None
+    base = write_gpt2(tmp_path / "x.gguf", weights, repeated)
+    plain = models.load(PEFT_GPT2, allow="any")
     same(base.params, plain.params)
-    assert base.config == plain.config
+    assert base.config == plain.config and base.config.tied
+    assert base.card["unread"] == []
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float16])
+def test_a_head_of_its_own_of_gpt2_is_read(tmp_path, kind):
+    weights = load_file(PEFT_GPT2 / "model.safetensors")
+    embedding = weights["transformer.wte.weight"]
+    head = embedding[::-1].astype(kind)
+    base = write_gpt2(tmp_path / "x.gguf", weights, head)
+    assert not base.config.tied and base.card["unread"] == []
+    np.testing.assert_array_equal(
+        base.params["head"]["kernel"], head.T.astype(np.float32)
+    )
+    np.testing.assert_array_equal(base.params["embed"], embedding)
+    tied = models.load(PEFT_GPT2, allow="any")
+    tokens = jnp.array([[1, 5, 3]])
+    got = base.model.apply(base.params, tokens)
+    want = tied.model.apply(tied.params, tokens)[..., ::-1]
+    np.testing.assert_allclose(got, want, atol=2e-2 if kind == np.float16 else 1e-5)
+
+
+def test_a_head_in_another_type_that_is_the_embedding_is_tied(tmp_path):
+    weights = load_file(PEFT_GPT2 / "model.safetensors")
+    rounded = weights["transformer.wte.weight"].astype(np.float16)
+    weights["transformer.wte.weight"] = rounded.astype(np.float32)
+    base = write_gpt2(tmp_path / "x.gguf", weights, rounded)
+    assert base.config.tied
 
 
 DAMAGE = {

@@ -151,6 +151,44 @@ def test_one_layer_by_hand_and_the_fused_projection():
     np.testing.assert_allclose(got[:, 2:], plain[:, 2:] * scale[None], rtol=1e-6)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_scalings_merge_into_kernels_and_biases(fused):
+    if fused:
+        model = models.from_nnx(lambda r: Fused(rngs=r))
+        params, x = base(model), jnp.eye(2)
+        all_ = lambda path: True
+        adapted, full = models.ia3(model, params, outputs=all_, inputs=all_)
+    else:
+        (model, params), x = FORMS["biases"][0](*vit()), images()
+        either = lambda path: path.split("/")[-1] in ("k", "v", "down", "up")
+        adapted, full = models.ia3(model, params, outputs=either)
+    moved = shaken(full, models.ia3_only)
+    merged = models.merge_ia3(moved)
+    assert tree.describe(merged) == tree.describe(params)
+    want = adapted.apply(moved, x)
+    np.testing.assert_allclose(model.apply(merged, x), want, atol=1e-5, rtol=1e-5)
+    assert not np.allclose(model.apply(params, x), want, atol=1e-2)
+    both = jax.tree.map(lambda a, b: jnp.stack([a, b]), moved, full)
+    stacked = jax.vmap(models.merge_ia3)(both)
+    for i, one in enumerate((merged, params)):
+        row = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+        for a, b in zip(jax.tree.leaves(row), jax.tree.leaves(one), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-6)
+
+
+def test_scalings_that_cannot_be_merged_are_refused():
+    model, params = models.ia3(*vit())
+    down = lambda path: path.endswith("mlp/down")
+    low = models.lora(model, params, rank=2, alpha=1.0, where=down, key=KEY)[1]
+    with pytest.raises(ValueError, match="merge_ia3: .*mlp/down' carries lora as well"):
+        models.merge_ia3(low)
+    small = models.quantise(*vit(), how="int8", group=2)
+    with pytest.raises(
+        ValueError, match=r"merge_ia3: '.*quantised kernel \(int8, scale"
+    ):
+        models.merge_ia3(models.ia3(*small)[1])
+
+
 class Fused(nnx.Module):
     def __init__(self, *, rngs):
         self.qkv = nnx.Linear(2, 6, rngs=rngs)

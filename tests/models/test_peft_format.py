@@ -174,6 +174,38 @@ def test_other_than_plain_lora_is_refused(adapter, entry):
         models.load_adapter(adapter, base("llama"))
 
 
+@pytest.mark.parametrize(
+    "start", ["pissa", "pissa_niter_16", "OLoRA", "corda", "loftq", "lora_ga"]
+)
+def test_starts_that_change_the_base_are_refused(adapter, start):
+    edit(adapter, init_lora_weights=start)
+    message = (
+        rf"adapter_config.json has init_lora_weights='{start}'.*kernels of the base"
+    )
+    with pytest.raises(ValueError, match=message):
+        models.load_adapter(adapter, base("llama"))
+
+
+@pytest.mark.parametrize("start", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_starts_that_leave_the_base_are_read(adapter, start):
+    want = models.load_adapter(adapter, base("llama")).params
+    edit(adapter, init_lora_weights=start)
+    got = models.load_adapter(adapter, base("llama")).params
+    assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(want)))
+
+
+@pytest.mark.parametrize("alpha", [None, "16", True])
+def test_an_adapter_without_its_scale_is_refused(adapter, alpha):
+    edit(adapter, lora_alpha=alpha)
+    with pytest.raises(ValueError, match=f"json has lora_alpha={alpha!r}; .*a number"):
+        models.load_adapter(adapter, base("llama"))
+    path = adapter / "adapter_config.json"
+    raw = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in raw.items() if k != "lora_alpha"}))
+    with pytest.raises(ValueError, match=r"adapter_config.json has no 'lora_alpha'"):
+        models.load_adapter(adapter, base("llama"))
+
+
 def test_an_adapter_of_another_base_is_refused(adapter):
     with pytest.raises(ValueError, match="tensors that match no linear module"):
         models.load_adapter(adapter, base("gpt2"))
