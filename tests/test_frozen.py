@@ -9,7 +9,17 @@ import optax
 import pytest
 
 import fedcl
-from fedcl import _frozen, algorithms, base, losses, memory, models, testing, tree
+from fedcl import (
+    _frozen,
+    algorithms,
+    base,
+    losses,
+    memory,
+    models,
+    phases,
+    testing,
+    tree,
+)
 from fedcl.checkpoint import CheckpointError, Checkpoints
 
 KEY = jax.random.key(4)
@@ -97,6 +107,22 @@ def test_a_fingerprint_tells_order_sign_and_one_bit():
     for other in (x[::-1], -x, x.at[5].set(nudged), x.astype(jnp.bfloat16)):
         assert _frozen.fingerprint({"x": other}) != same
     assert _frozen.fingerprint(None) == _frozen.fingerprint({"x": None})
+
+
+def test_a_frozen_kernel_is_multiplied_once_for_all_clients():
+    model = models.mlp((5, 7, 6))
+    params = model.init(KEY)
+    model, params = models.lora(model, params, rank=2, alpha=4.0, key=KEY)
+    phi, theta = tree.partition(params, models.lora_only)
+    algorithm = algorithms.fedavg(losses.softmax(model.apply), optax.sgd(0.1))
+    state = algorithm.init(phi, P.stream.example(), 4, frozen=theta)
+    parts = (phases.federated(algorithm),)
+    step = lambda s: phases.step(parts, s, KEY, jnp.int32(0), P.stream)
+    text = jax.jit(step).lower(phases.start(parts, state)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    with_base = [line for line in products if "tensor<5x7xf32>" in line]
+    assert any("tensor<4x4x5xf32>, tensor<5x7xf32>" in line for line in with_base)
+    assert "tensor<4x5x7xf32>" not in text  # Neither copied nor summed into.
 
 
 @jax.tree_util.register_dataclass

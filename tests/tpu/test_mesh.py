@@ -149,14 +149,22 @@ def groups(rest):
     return ids.reshape(shape).tolist()
 
 
-@pytest.mark.parametrize("inner", [1, 4], ids=["clients alone", "beside a model"])
-def test_only_the_reduction_crosses_the_clients_axis(inner):
-    where = tpu.mesh(8 // inner, model=inner)
+CROSSINGS = {
+    "clients alone": (8, 1, "vmap"),
+    "beside a model": (2, 4, "vmap"),
+    "added up client by client": (4, 1, "scan"),
+}
+
+
+@pytest.mark.parametrize("name", CROSSINGS)
+def test_only_the_reduction_crosses_the_clients_axis(name):
+    devices, inner, schedule = CROSSINGS[name]
+    where = tpu.mesh(devices, model=inner)
     algorithm, state, stream = federation(
         (where, *LAYOUTS["tensor"][1]) if inner > 1 else None
     )
-    cohort = cohorts.stratified(8, 8 // inner)
-    part = fedcl.phases.federated(algorithm, cohort=cohort, mesh=where)
+    spread = {"cohort": cohorts.stratified(8, devices), "mesh": where}
+    part = fedcl.phases.federated(algorithm, schedule=schedule, **spread)
     state = fedcl._engine.place(fedcl.phases.start((part,), state), where)
     one = jax.jit(lambda *a: fedcl.phases.step((part,), *a))
     text = one.lower(state, KEY, jnp.int32(0), stream).compile().as_text()
