@@ -12,7 +12,7 @@ set -euo pipefail
 
 experiment=${1:?give the experiment: experiment.toml}
 : "${NAME:?}" "${ZONE:?}" "${TYPE:?}" "${VERSION:?}" "${BUCKET:?}"
-source=${SOURCE:-fedcl-jax}  # Or a git address, or a wheel copied beforehand.
+source=${SOURCE:-fedcl-jax}  # Until it is released: git+https://… of your repository.
 place=(--zone="$ZONE")
 
 on_all() {
@@ -23,7 +23,9 @@ gcloud compute tpus tpu-vm create "$NAME" "${place[@]}" \
   --accelerator-type="$TYPE" --version="$VERSION"
 trap 'echo "The slice costs money until: gcloud compute tpus tpu-vm delete $NAME --zone=$ZONE"' EXIT
 
-on_all "python3 -m pip install -q 'jax[tpu]' '$source'"
+# fedcl needs Python 3.11 or later, which not every image has.
+on_all "python3 -m pip install -q --user uv && python3 -m uv venv -q --python 3.12 ~/fedcl"
+on_all "python3 -m uv pip install -q --python ~/fedcl/bin/python 'jax[tpu]' '$source'"
 on_all "mkdir -p ~/runs && { mountpoint -q ~/runs || gcsfuse --implicit-dirs ${BUCKET#gs://} ~/runs; }"
 gcloud compute tpus tpu-vm scp "$experiment" "$NAME": "${place[@]}" --worker=all
-on_all "python3 -m fedcl.cli run $(basename "$experiment") --distributed --out ~/runs/$NAME ${RESUME:+--resume}"
+on_all "~/fedcl/bin/python -m fedcl.cli run $(basename "$experiment") --distributed --out ~/runs/$NAME ${RESUME:+--resume}"
