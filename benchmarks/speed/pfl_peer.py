@@ -48,6 +48,7 @@ def prepare(work: Work) -> Peer:
     rows = rows_of(work)
     x, y = torch.from_numpy(rows.x), torch.from_numpy(rows.y.astype(np.int64))
     x = x.movedim(-1, 1).contiguous() if x.ndim == 4 else x
+    x, y = x.to(plain_torch.DEVICE), y.to(plain_torch.DEVICE)
     order = torch.from_numpy(rows.order.astype(np.int64))
 
     def data(user: tuple[int, int]) -> PyTorchTensorDataset:

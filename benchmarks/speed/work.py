@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -162,7 +163,12 @@ def measured(
 
 
 def peak() -> float:
-    """Resident memory of this process at the most so far, in MB."""
+    """Memory of this process at the most so far, in MB: on a GPU that of the device."""
+    jax, torch = sys.modules.get("jax"), sys.modules.get("torch")
+    if jax is not None and (stats := jax.local_devices()[0].memory_stats()):
+        return stats["peak_bytes_in_use"] / 2**20
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
