@@ -92,8 +92,8 @@ class Sizes(NamedTuple):
     """Bytes of what travels, as stored."""
 
     up: int  # A message.
-    down: int  # φ and what goes with it.
-    once: int  # θ, at a join.
+    down: int  # What clients read and aggregations change, φ above all.
+    once: int  # θ and what else stays as it is, at a join.
 
 
 class Totals(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from fedcl import _online_checks as checks
 from fedcl import _online_core as programs
-from fedcl import _traffic, base
+from fedcl import _traffic, base, tree
 from fedcl._online_drift import Detector
 from fedcl._online_staleness import Rule
 
@@ -24,6 +24,7 @@ class Shapes(NamedTuple):
     message: base.Message
     rest: PyTree  # See `_online_core.Sent`.
     metrics: list[str]
+    travels: _traffic.Communication
 
 
 class Engine:
@@ -51,11 +52,8 @@ class Engine:
         self._rule, self._loss_fn, self._detector = rule, loss_fn, detector
         self.frozen = state.server.frozen
         known = _shapes(algorithm, state, stream, example, key)
-        self.visit, self.message, self.metrics = (
-            known.visit,
-            known.message,
-            known.metrics,
-        )
+        self.visit, self.message = known.visit, known.message
+        self.metrics, self.travels = known.metrics, known.travels
         checks.scaled(rule, known.message, state.server.params)
         what = (state, known.message, known.rest, buffer, versions, detector)
         self.core = programs.start(*what)
@@ -169,10 +167,11 @@ def _shapes(
     """What there is to know from the stream, from the example, or from φ alone."""
     server, drawn = state.server, None
     if stream is None and example is None:
-        nothing: Any = dict.fromkeys(server._fields)
-        return Shapes(
-            None, programs.message_like(state), base.ServerState(**nothing), []
-        )
+        none: Any = dict.fromkeys(server._fields)
+        rest, message = base.ServerState(**none), programs.message_like(state)
+        parts = (message, programs.sent(server, rest), server.frozen)
+        sizes = _traffic.Communication(*map(tree.size, parts))
+        return Shapes(None, message, rest, [], sizes)
     if stream is not None:
         zero = jnp.int32(0)
         drawn = jax.eval_shape(programs.draw, stream, key, zero, zero, zero)[0]
@@ -182,4 +181,5 @@ def _shapes(
     own: Any = dict.fromkeys(("params", "shared", "client_opt", "version", "frozen"))
     scalar = [k for k, v in metrics.items() if getattr(v, "shape", None) == ()]
     names = sorted(scalar) if stream is not None else []
-    return Shapes(drawn, message, moving._replace(**own), names)
+    travels = _traffic.of_visit(algorithm, server, state.clients, visit)
+    return Shapes(drawn, message, moving._replace(**own), names, travels)

@@ -11,9 +11,9 @@ import numpy as np
 from fedcl import _online_checks as checks
 from fedcl import _online_desk as books
 from fedcl import _online_events as events
-from fedcl import base, rounds, tree
+from fedcl import base, rounds
 from fedcl._host import History
-from fedcl._online_core import Trained, fingerprint, sent
+from fedcl._online_core import Trained, fingerprint
 from fedcl._online_drift import Detector
 from fedcl._online_engine import Engine
 from fedcl._online_staleness import Rule, discount, polynomial
@@ -118,10 +118,7 @@ class Server:
         self._evaluate, self._every = rounds._as_tree(evaluate), every
         self._desk = books.empty(n, max_staleness + 1)
         self.message = self._engine.message
-        core = self._engine.core
-        down = sent(core.server, core.ring.rest)
-        sizes = map(tree.size, (self.message, down, self._engine.frozen))
-        self._sizes = books.Sizes(*sizes)
+        self._sizes = books.Sizes(*self._engine.travels)
         self._lock = threading.Lock()
         self._checkpoint = checkpoint
         self._unsaved: list[books.Report] = []

@@ -57,7 +57,14 @@ def communication(
         state = state._replace(clients=state.clients.shapes(1))
     server = state.server._replace(news=_news(algorithm, state, stream, parts))
     visit = jax.eval_shape(_visit, stream)
-    read, message, _ = part(algorithm, server, state.clients, visit)
+    return of_visit(algorithm, server, state.clients, visit)
+
+
+def of_visit(
+    algorithm: base.Algorithm, server: PyTree, clients: PyTree, visit: PyTree
+) -> Communication:
+    """`communication`, from the shapes of a visit."""
+    read, message, _ = part(algorithm, server, clients, visit)
     changed = _changed(algorithm, server, message)
     down = once = 0
     for (name, leaf), is_read, moves in zip(_named(server), read, changed, strict=True):

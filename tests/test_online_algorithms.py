@@ -10,7 +10,17 @@ import optax
 import pytest
 
 import fedcl
-from fedcl import _online_core, aggregation, base, losses, models, online, testing, tree
+from fedcl import (
+    _online_core,
+    aggregation,
+    base,
+    losses,
+    metrics,
+    models,
+    online,
+    testing,
+    tree,
+)
 from fedcl import algorithms as alg
 from fedcl.online import Download, Join, Tick, Update
 from fedcl.oracle import black_box
@@ -62,18 +72,21 @@ def cases():
     low = alg.fedavg(loss, optax.sgd(0.1))
     search = alg.fedbpt(black_box(P.loss_fn), dimension=3, population=4)
     pro = alg.fedkseed(P.loss_fn, 0.1, num_seeds=7, adaptive=True)
+    rebuilt = alg.fedkseed(P.loss_fn, 0.1, num_seeds=7, rebuild=True)
     return {
         "fedavg": Case(PLAIN, True, guessed=True),
         "personal": Case(alg.personal(PLAIN, lambda path: path == "bias"), True),
         "fedsa": Case(alg.fedsa_lora(low), True, phi, theta),
         "fedkseed": Case(alg.fedkseed(P.loss_fn, 0.1, num_seeds=7), False),
         "fedkseed-pro": Case(pro, False),
+        "rebuilt": Case(rebuilt, False),
         "fedbpt": Case(search, False),
         "lorm": Case(alg.lorm(low, tapped), False, phi, theta),
     }
 
 
-NAMES = ["fedavg", "personal", "fedsa", "fedkseed", "fedkseed-pro", "fedbpt", "lorm"]
+NAMES = ["fedavg", "personal", "fedsa", "fedkseed", "fedkseed-pro", "rebuilt"]
+NAMES += ["fedbpt", "lorm"]
 OTHERS = [name for name in NAMES if name != "fedavg"]
 RULES = {
     "default": None,
@@ -127,7 +140,10 @@ def test_real_devices_of_any_algorithm(name):
     at_home = case.server(staleness=AS_SENT)
     afar = case.server(staleness=AS_SENT, stream=None, example=EXAMPLE)
     assert afar.message == at_home.message
-    served(at_home, Update(0))
+    total = served(at_home, Update(0))[-1].totals
+    bytes_ = metrics.communication(case.algorithm, case.state(), P.stream)
+    assert total.up_bytes == bytes_.up
+    assert total.down_bytes == 2 * (bytes_.down + bytes_.once)  # Two have joined.
     sent = case.message(case.state().server, 0)
     served(afar, Update(0, base=0, message=sent))
     assert afar.version == 1
