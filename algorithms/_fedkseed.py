@@ -40,6 +40,7 @@ def fedkseed(
     adaptive: bool = False,
     clip: ArrayLike = 1000.0,
     seed: int = 0,
+    rebuild: bool = False,
 ) -> base.Algorithm:
     r"""FedKSeed: zeroth-order steps along K shared directions; see the module.
 
@@ -48,6 +49,11 @@ def fedkseed(
     computes it. There are no gradients and no optimiser; every parameter may be
     trained. The step is constant and there is no weight decay, without which the replay
     would not be exact.
+
+    What travels: c up, 4 K bytes, whatever the model (`adaptive`: 12 K). Down, in the
+    paper, a, as much again, from which every client computes φ; φ_0 once. That is
+    `rebuild=True`. By default clients are handed the φ that the server has computed,
+    the same numbers without each client's replay, and φ is what then counts as sent.
 
     Args:
       loss_fn: `(params, batch, key) -> (loss, aux)`; only its value is read.
@@ -59,19 +65,21 @@ def fedkseed(
         has drawn counts as 0. False: all alike.
       clip: the largest \|ĝ\| that counts in that mean.
       seed: of the directions.
+      rebuild: whether a client computes φ from φ_0 and a, as on a device of its own,
+        and reads nothing else of the server (`adaptive`: the |ĝ| and the counts too).
 
     Returns:
-      An `Algorithm`. Its message's `delta` is c, [K] float32 in place of a tree like φ:
-      4 K bytes whatever the model (`adaptive`: 12 K), so phases that read the clients'
-      models, such as `phases.distil`, do not go with it. The server's step is the sum
-      above, linear in c. Metrics are those of `fedavg`; "loss" is the mean of L(φ + εz)
-      and L(φ − εz).
+      An `Algorithm`. Its message's `delta` is c, [K] float32 in place of a tree like φ,
+      so phases that read the clients' models, such as `phases.distil`, do not go with
+      it. The server's step is the sum above, linear in c. Metrics are those of
+      `fedavg`; "loss" is the mean of L(φ + εz) and L(φ − εz).
 
     Raises:
       ValueError: if `num_seeds` < 1.
 
     Cost: two forward passes a step. A round costs the server one draw of φ's size for
-    every direction used so far; it keeps φ and φ_0.
+    every direction used so far; it keeps φ and φ_0. With `rebuild` so it does to a
+    client: once for a cohort under "vmap", once for each client under "scan".
 
     >>> loss = lambda p, batch, key: (jnp.sum(p["w"] ** 2), batch["x"])
     >>> algorithm = fedkseed(loss, 0.1, num_seeds=4)
@@ -96,12 +104,16 @@ def fedkseed(
         bound = lambda p, b, k: loss_fn(tree.merge(p, server.frozen), b, k)[0]
         steps = visit.batches["mask"].shape[0]
         k_seed, k_loss = jax.random.split(visit.key)
-        odds = _log_odds(server.opt_state, adaptive)
+        kept = server.opt_state
+        phi = server.params
+        if rebuild:
+            phi = replayed(kept.start, kept.walked, rate, seed=seed)
+        odds = _log_odds(kept, adaptive)
         drawn = jax.random.categorical(k_seed, odds, shape=(steps,))
 
         def step(params, xs):
             s, key, batch, live = xs
-            z = direction(server.params, s, seed)
+            z = direction(phi, s, seed)
             high = bound(_moved(params, epsilon, z), batch, key)
             low = bound(_moved(params, -jnp.asarray(epsilon), z), batch, key)
             slope = jnp.where(live, (high - low) / (2 * epsilon), 0)
@@ -110,7 +122,7 @@ def fedkseed(
 
         live = jnp.ones(steps, bool) if visit.live is None else visit.live
         xs = (drawn, jax.random.split(k_loss, steps), visit.batches, live)
-        _, (slopes, losses) = jax.lax.scan(step, server.params, xs)
+        _, (slopes, losses) = jax.lax.scan(step, phi, xs)
         message = _message(drawn, slopes, live, visit.batches["mask"])
         taken = jnp.sum(live.astype(jnp.float32))
         loss = jnp.sum(losses) / jnp.maximum(taken, 1)

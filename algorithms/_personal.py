@@ -39,6 +39,9 @@ def personal(algorithm: base.Algorithm, where: Callable[[str], bool]) -> base.Al
       An `Algorithm`. Its server keeps the personal leaves of `init`; what a client has
       is `own_params(state, client)`. With nothing personal it is the algorithm itself.
 
+    Raises:
+      ValueError: by `aggregate`, for messages that bring personal leaves.
+
     Cost: N times the personal leaves in memory; less to send. A cohort is added up
     chunk by chunk wherever that of the algorithm is.
 
@@ -73,6 +76,8 @@ def personal(algorithm: base.Algorithm, where: Callable[[str], bool]) -> base.Al
         return message._replace(delta=shared), inner._replace(kept=kept), metrics
 
     def filled(server, messages):
+        shared = _pick(server.params, lambda path: not where(path))
+        _check_shared(shared, messages.delta)
         c = messages.weight.shape[0]
         still = tree.stack(tree.zeros_like(_pick(server.params, where)), c)
         return messages._replace(delta=tree.merge(messages.delta, still))
@@ -134,6 +139,16 @@ def own_params(state: base.State, client: jax.Array) -> base.Params:
             "algorithm with fedcl.algorithms.personal(algorithm, where)."
         )
     return tree.merge(tree.gather(found[0].params, client), state.server.params)
+
+
+def _check_shared(shared: base.Params, delta: base.Params) -> None:
+    want: Any = jax.tree.structure(shared)  # Its type does not know equality.
+    if want != jax.tree.structure(delta):
+        raise ValueError(
+            "personal: messages bring updates of the leaves "
+            f"{sorted(tree.describe(delta))}, and the shared ones are "
+            f"{sorted(tree.describe(shared))}: clients must send the latter alone."
+        )
 
 
 def _pick(params: base.Params, where: Callable[[str], bool]) -> base.Params:

@@ -127,12 +127,16 @@ def sum_over_clients(
     loss_fn: base.LossFn,
     rows: Callable[[base.Memory], base.Batch] | None,
     mesh: Mesh | None,
+    *,
+    ending: bool = True,
 ) -> Callable[[base.State, Facts], tuple[PyTree, jax.Array]]:
     """Builds `(state, facts) -> (value, how many clients took part)`.
 
     Clients are taken one after another, each device its own, so that there is one
-    value in memory, not one per client.
+    value in memory, not one per client. Over what they remember, or over the rows of
+    their contexts, all of them take part, or with `ending` those whose context ends.
     """
+    over_all = rows is not None or not ending
 
     def local(server, stream, key, round, memories, ids):
         bound = lambda p, b, k: loss_fn(tree.merge(p, server.frozen), b, k)
@@ -147,7 +151,7 @@ def sum_over_clients(
                 return statistic.merge(value, statistics.over(statistic, *own))
 
             takes = stream.present(client, round) & (
-                stream.ends(client, round) if rows is None else True
+                True if over_all else stream.ends(client, round)
             )
             return jax.lax.cond(takes, do, lambda v: v, value), takes
 

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fedcl import base
+from fedcl import base, tree
 from fedcl._online_desk import Desk
+from fedcl._online_staleness import Rule, Scaling
 
 PyTree = Any
 
@@ -46,6 +47,38 @@ def options(
             f"The state has {num_clients} clients and the stream "
             f"{stream.num_clients}: give algorithm.init the stream's num_clients."
         )
+
+
+def scaled(rule: Rule, message: base.Message, params: base.Params) -> None:
+    """Refuses a rule that scales updates of φ where messages hold something else."""
+    phi, sent = tree.describe(params), tree.describe(message.delta)
+    more = tree.describe(message.sums)
+    if not isinstance(rule, Scaling) or (sent.items() <= phi.items() and not more):
+        return
+    lines = [f"  delta/{p}: {x}" for p, x in sent.items() if phi.get(p) != x]
+    lines += [f"  sums/{p}: {x}" for p, x in more.items()]
+    raise ValueError(
+        "Server: staleness= is a rule that scales late updates of φ, and this "
+        "algorithm's server steps by numbers that are no such updates:\n"
+        + "\n".join(lines[:5])
+        + "\nGive staleness=discount(constant()), with which every message counts as it "
+        "was sent (max_staleness= says how late is too late), or a rule of your own."
+    )
+
+
+def like_params(
+    algorithm: base.Algorithm, server: base.ServerState, buffer: base.Message
+) -> None:
+    """Refuses messages with updates like φ where the algorithm has another kind."""
+    try:
+        jax.eval_shape(lambda *a: algorithm.aggregate(*a), server, buffer)
+    except Exception as e:
+        raise ValueError(
+            "Server: without a stream, messages were taken to hold an update like φ and "
+            f"nothing else, and this algorithm's `aggregate` does not take them ({e}): "
+            "give example=, that of algorithm.init, from which the server learns what "
+            "its clients send."
+        ) from e
 
 
 def present(desk: Desk, client: Any, what: str, *, joined: bool = True) -> int:

@@ -20,6 +20,7 @@ class Sent(NamedTuple):
     params: base.Params
     shared: PyTree
     client_opt: PyTree
+    rest: PyTree  # What else clients read and aggregations change, None elsewhere.
 
 
 class Core(NamedTuple):
@@ -43,6 +44,7 @@ class Trained(NamedTuple):
 def start(
     state: base.State,
     message: base.Message,
+    rest: PyTree,
     buffer: int,
     versions: int,
     detector: Detector | None,
@@ -56,11 +58,12 @@ def start(
     rows = lambda a, k: jax.tree.map(jnp.array, tree.stack(a, k))
     shape = lambda x: jnp.zeros((buffer, *x.shape), x.dtype)
     slots = jax.tree.map(shape, message)
-    return Core(server, clients, rows(sent(server), versions), slots, rows(seen, n))
+    ring = rows(sent(server, rest), versions)
+    return Core(server, clients, ring, slots, rows(seen, n))
 
 
 def message_like(state: base.State) -> base.Message:
-    """The structure of a message, from what the server holds."""
+    """The structure of a message whose update is like φ, from what the server holds."""
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     row = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
     weight: Any = jax.ShapeDtypeStruct((), jnp.float32)
@@ -72,8 +75,19 @@ def message_like(state: base.State) -> base.Message:
     )
 
 
-def sent(server: base.ServerState) -> Sent:
-    return Sent(server.params, server.shared, server.client_opt)
+def visit_like(example: PyTree) -> base.Visit:
+    """A visit of one step, from the example of a batch."""
+    one = lambda x: jnp.zeros((1, *x.shape), x.dtype)
+    zero, key = jnp.int32(0), jax.random.key(0)
+    visit = lambda: base.Visit(jax.tree.map(one, example), zero, zero, zero, key)
+    return jax.eval_shape(visit)
+
+
+def sent(server: base.ServerState, rest: PyTree) -> Sent:
+    """What clients download; `rest` is None where they need nothing more."""
+    keep = lambda r, x: None if r is None else x
+    more = jax.tree.map(keep, rest, server, is_leaf=lambda r: r is None)
+    return Sent(server.params, server.shared, server.client_opt, more)
 
 
 def _slot(ring: Sent, version: jax.Array) -> jax.Array:
@@ -83,7 +97,9 @@ def _slot(ring: Sent, version: jax.Array) -> jax.Array:
 def _then(core: Core, version: jax.Array, frozen: PyTree) -> base.ServerState:
     """The server as the clients that started from a version saw it."""
     old = tree.gather(core.ring, _slot(core.ring, version))
-    return core.server._replace(**old._asdict(), version=version, frozen=frozen)
+    server = tree.merge(old.rest, core.server)
+    own = {"params": old.params, "shared": old.shared, "client_opt": old.client_opt}
+    return server._replace(**own, version=version, frozen=frozen)
 
 
 @jax.jit
@@ -252,7 +268,7 @@ def aggregate(
     new = new._replace(version=server.version + 1)
     whole = tree.finite(new)
     new = tree.where(whole, new, server)
-    ring = tree.scatter(ring, _slot(ring, new.version), sent(new))
+    ring = tree.scatter(ring, _slot(ring, new.version), sent(new, ring.rest))
     return new, ring, whole
 
 

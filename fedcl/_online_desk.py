@@ -92,8 +92,8 @@ class Sizes(NamedTuple):
     """Bytes of what travels, as stored."""
 
     up: int  # A message.
-    down: int  # φ and what goes with it.
-    once: int  # θ, at a join.
+    down: int  # What clients read and aggregations change, φ above all.
+    once: int  # θ and what else stays as it is, at a join.
 
 
 class Totals(NamedTuple):
@@ -230,3 +230,16 @@ def columns(rows: list[Report], names: list[str]) -> History:
     keys = seen[0][1] if seen else {}
     evaluations = {k: np.stack([e[k] for _, e in seen]) for k in keys}
     return History(told, evaluations, np.array([v for v, _ in seen], np.int64))
+
+
+def numbers(metrics: Any) -> dict[str, float]:
+    """The metrics that are numbers."""
+    if not isinstance(metrics, dict):
+        return {}
+    return {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
+
+
+def id_of(event: Any) -> int:
+    """The client of an event as far as it has one; -1 for none, or for nonsense."""
+    client = getattr(event, "client", -1)
+    return int(client) if isinstance(client, int | np.integer) else -1

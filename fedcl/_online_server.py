@@ -11,9 +11,9 @@ import numpy as np
 from fedcl import _online_checks as checks
 from fedcl import _online_desk as books
 from fedcl import _online_events as events
-from fedcl import base, rounds, tree
+from fedcl import base, rounds
 from fedcl._host import History
-from fedcl._online_core import Trained, fingerprint, sent
+from fedcl._online_core import Trained, fingerprint
 from fedcl._online_drift import Detector
 from fedcl._online_engine import Engine
 from fedcl._online_staleness import Rule, discount, polynomial
@@ -31,7 +31,7 @@ class Server:
     """A long-lived federated server: `handle` one event, or `serve` many.
 
     Args:
-      algorithm: any `fedcl.Algorithm`.
+      algorithm: any `fedcl.Algorithm` whose `aggregate` leaves θ as it is.
       state: from `algorithm.init`, whose clients are all that can ever join. It is
         copied, except for θ.
       buffer: B, messages to an aggregation; 1 aggregates each as it comes.
@@ -39,8 +39,12 @@ class Server:
         client's id, and how often it came in that round; never by the order of arrival.
       stream: where simulated clients get their rows; None if all updates bring their
         rows or messages.
+      example: without a stream, that of `algorithm.init`, from which the server learns
+        what clients send and read. None: an update like φ, and they read φ.
       staleness: what a late message counts: `discount(polynomial(0.5))` (FedBuff) by
-        default, `mixing()` (FedAsync) or `distance()` (AsyncFedED).
+        default, `mixing()` (FedAsync) or `distance()` (AsyncFedED). These scale the
+        update; where messages hold another kind, such as the means of `fedbpt` or the
+        sums of `lorm`, only `discount(constant())` or a rule of your own goes.
       max_staleness: R, versions; older updates are dropped and counted.
       loss_fn: for prequential evaluation: each arrival's rows are tested with the
         served model before they train. None: they are not.
@@ -64,15 +68,17 @@ class Server:
       past: the history up to the checkpoint that was resumed, or None.
 
     Raises:
-      ValueError: for arguments that do not fit each other.
+      ValueError: for arguments that do not fit each other, or the algorithm's messages.
+      TypeError: if `aggregate` writes into θ.
       CheckpointError: for a checkpoint that does not belong here.
 
     When a method has the hook `review`, a client whose task is another one than at its
     last visit looks once more at all rows of that visit's round before it trains; at a
     detected boundary, all clients do that are there.
 
-    Cost: memory for R + 1 versions of φ and B messages beside the clients; an update
-    costs the client's visit, and with `loss_fn` one more forward pass over its rows.
+    Cost: memory for R + 1 versions of what clients read and aggregations change, φ
+    above all, and B messages beside the clients; an update costs the client's visit,
+    and with `loss_fn` one more forward pass over its rows.
     """
 
     def __init__(
@@ -83,6 +89,7 @@ class Server:
         buffer: int,
         key: jax.Array,
         stream: base.StreamLike | None = None,
+        example: PyTree = None,
         staleness: Rule | None = None,
         max_staleness: int = 10,
         loss_fn: base.LossFn | None = None,
@@ -103,7 +110,7 @@ class Server:
                 "Server: detector= needs the loss it tests by: give loss_fn=."
             )
         rule = FEDBUFF if staleness is None else staleness
-        what = (algorithm, state, stream, key, rule, loss_fn, detector)
+        what = (algorithm, state, stream, example, key, rule, loss_fn, detector)
         self._engine = Engine(*what, buffer, max_staleness + 1)
         self._key, self._buffer, self._faults = key, buffer, faults
         self._reviews, self._tests = algorithm.review is not None, loss_fn is not None
@@ -111,9 +118,7 @@ class Server:
         self._evaluate, self._every = rounds._as_tree(evaluate), every
         self._desk = books.empty(n, max_staleness + 1)
         self.message = self._engine.message
-        down = sent(self._engine.core.server)
-        sizes = map(tree.size, (self.message, down, self._engine.frozen))
-        self._sizes = books.Sizes(*sizes)
+        self._sizes = books.Sizes(*self._engine.travels)
         self._lock = threading.Lock()
         self._checkpoint = checkpoint
         self._unsaved: list[books.Report] = []
@@ -188,6 +193,7 @@ class Server:
                     "An earlier event was cut off in the middle, and what it worked on "
                     "is lost: build the server again with resume=True."
                 )
+            self._engine.begin()
             report = self._reported(event, self._handled(event))
             if self._checkpoint is not None:
                 self._unsaved.append(report)
@@ -244,8 +250,10 @@ class Server:
         return {}
 
     def _tick(self, event: events.Tick) -> Fields:
+        flush = event.flush and self._desk.of("fill")
+        fields = self._aggregated() if flush else {}
         self._desk.add("ticks")
-        return self._aggregated() if event.flush and self._desk.of("fill") else {}
+        return fields
 
     def _update(self, event: events.Update) -> Fields:
         client = checks.present(self._desk, event.client, "sends an update")
@@ -282,9 +290,8 @@ class Server:
 
     def _given(self, visit: base.Visit, client: int) -> base.Visit:
         """A visit that an update brings; the first says what all look like."""
-        if self._engine.visit is None:
-            self._engine.visit = jax.eval_shape(lambda: visit)
-        visit = checks.fitting(self._engine.visit, visit, f"client {client}'s visit")
+        like = self._engine.visit or jax.eval_shape(lambda: visit)
+        visit = checks.fitting(like, visit, f"client {client}'s visit")
         if int(visit.client) != client:
             raise checks.Refusal(
                 f"The update of client {client} brings a visit of client "
@@ -311,6 +318,7 @@ class Server:
         if self._reviews:
             self._review(client, fields["task"], fields["boundary"])
         told = self._engine.train(visit, version, self._desk.of("fill"), heard)
+        self._engine.visit = self._engine.visit or jax.eval_shape(lambda: visit)
         if told.finite:
             round = int(visit.round)
             self._desk.again[client] = self._again(client, round)
@@ -343,7 +351,7 @@ class Server:
 
     def _taken(self, client: int, version: int, told: Trained, heard: bool) -> Fields:
         """Counts an update that was run or delivered, and aggregates a full buffer."""
-        fields: Fields = {"metrics": _numbers(told.metrics)}
+        fields: Fields = {"metrics": books.numbers(told.metrics)}
         if not told.finite:
             why = (
                 f"The update of client {client}, from version {version}, holds NaN or "
@@ -387,7 +395,7 @@ class Server:
         return books.Report(
             position=self.position,
             event=type(event).__name__,
-            client=_id(event),
+            client=books.id_of(event),
             time=event.time,
             version=self.version,
             fill=desk.of("fill"),
@@ -434,16 +442,3 @@ class Server:
         self._engine.core = there["core"]
         self._desk = books.unpacked(there["desk"])
         self.past = History(saved.rounds, saved.evaluations, saved.at)
-
-
-def _numbers(metrics: Any) -> dict[str, float]:
-    """The metrics that are numbers."""
-    if not isinstance(metrics, dict):
-        return {}
-    return {k: float(v) for k, v in metrics.items() if np.ndim(v) == 0}
-
-
-def _id(event: Any) -> int:
-    """The client of an event as far as it has one; -1 for none, or for nonsense."""
-    client = getattr(event, "client", -1)
-    return int(client) if isinstance(client, int | np.integer) else -1

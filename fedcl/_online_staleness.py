@@ -10,6 +10,7 @@ AsyncFedED: Wang et al., AsyncFedED: Asynchronous Federated Learning with Euclid
 Distance based Adaptive Weight Aggregation, 2022, https://arxiv.org/abs/2205.13797
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -22,13 +23,29 @@ Scale = Callable[[jax.Array], jax.Array]  # Of the age τ, () int32.
 Rule = Callable[[base.Message, jax.Array, base.Params, base.Params], base.Message]
 
 
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """A rule that scales `delta`, which must be an update of φ and all that counts."""
+
+    rule: Rule
+
+    def __call__(
+        self,
+        message: base.Message,
+        age: jax.Array,
+        now: base.Params,
+        sent: base.Params,
+    ) -> base.Message:
+        return self.rule(message, age, now, sent)
+
+
 def constant() -> Scale:
     """s(τ) = 1: late messages count like fresh ones.
 
     >>> constant()(jnp.int32(7)).item()
     1.0
     """
-    return lambda age: jnp.float32(1)
+    return _one
 
 
 def polynomial(power: ArrayLike = 0.5) -> Scale:
@@ -73,7 +90,8 @@ def discount(scale: Scale) -> Rule:
       scale: `constant()`, `polynomial(a)`, `hinge(a, b)`, or your own `(τ) -> s`.
 
     Returns:
-      A `Rule`. What the client tells and its weight stay as they are.
+      A `Rule`. What the client tells and its weight stay as they are; with
+      `constant()`, so does everything.
 
     >>> late = discount(polynomial(0.5))(
     ...     base.Message({"w": jnp.ones(2)}, 1.0), jnp.int32(3), None, None)
@@ -81,10 +99,13 @@ def discount(scale: Scale) -> Rule:
     Array([0.5, 0.5], dtype=float32)
     """
 
-    def rule(message, age, now, sent):
-        return message._replace(delta=_scaled(scale(age), message.delta))
-
-    return rule
+    if scale is _one:
+        return _as_sent
+    return Scaling(
+        lambda message, age, now, sent: message._replace(
+            delta=_scaled(scale(age), message.delta)
+        )
+    )
 
 
 def mixing(alpha: ArrayLike = 0.6, scale: Scale | None = None) -> Rule:
@@ -106,11 +127,11 @@ def mixing(alpha: ArrayLike = 0.6, scale: Scale | None = None) -> Rule:
     s = polynomial() if scale is None else scale
 
     def rule(message, age, now, sent):
-        moved = tree.add(tree.sub(now, sent), message.delta)
+        moved = tree.add(_since(now, sent, message.delta), message.delta)
         rate = jnp.float32(alpha) * s(age)
         return message._replace(delta=_scaled(rate, moved))
 
-    return rule
+    return Scaling(rule)
 
 
 def distance(strength: ArrayLike = 1.0, eps: ArrayLike = 1.0) -> Rule:
@@ -131,12 +152,27 @@ def distance(strength: ArrayLike = 1.0, eps: ArrayLike = 1.0) -> Rule:
     """
 
     def rule(message, age, now, sent):
-        moved, step = _norm(tree.sub(now, sent)), _norm(message.delta)
+        moved = _norm(_since(now, sent, message.delta))
+        step = _norm(message.delta)
         gamma = moved / jnp.maximum(step, jnp.finfo(jnp.float32).tiny)
         rate = jnp.float32(strength) / (gamma + jnp.float32(eps))
         return message._replace(delta=_scaled(rate, message.delta))
 
-    return rule
+    return Scaling(rule)
+
+
+def _one(age: jax.Array) -> jax.Array:
+    return jnp.float32(1)
+
+
+def _as_sent(message, age, now, sent):
+    return message
+
+
+def _since(now: base.Params, sent: base.Params, delta: base.Params) -> base.Params:
+    """How far the server has moved, at the leaves that clients send."""
+    away = lambda d, n, s: None if d is None else n - s
+    return jax.tree.map(away, delta, now, sent, is_leaf=lambda d: d is None)
 
 
 def _scaled(c: jax.Array, a: base.Params) -> base.Params:

@@ -56,7 +56,15 @@ def communication(
     if isinstance(state.clients, Store):
         state = state._replace(clients=state.clients.shapes(1))
     server = state.server._replace(news=_news(algorithm, state, stream, parts))
-    read, message = _read(algorithm, server, state.clients, stream)
+    visit = jax.eval_shape(_visit, stream)
+    return of_visit(algorithm, server, state.clients, visit)
+
+
+def of_visit(
+    algorithm: base.Algorithm, server: PyTree, clients: PyTree, visit: PyTree
+) -> Communication:
+    """`communication`, from the shapes of a visit."""
+    read, message, _ = part(algorithm, server, clients, visit)
     changed = _changed(algorithm, server, message)
     down = once = 0
     for (name, leaf), is_read, moves in zip(_named(server), read, changed, strict=True):
@@ -90,23 +98,42 @@ def _named(server: base.ServerState) -> Iterator[tuple[str, Any]]:
             yield name, () if name in COUNTS else leaf
 
 
+def _visit(stream: base.StreamLike) -> base.Visit:
+    zero, key = jnp.int32(0), jax.random.key(0)
+    return base.Visit(stream.sample(key, zero, zero), zero, zero, zero, key)
+
+
 @_once.per_shapes
-def _read(algorithm, server, clients, stream) -> tuple[list[bool], base.Message]:
-    """Which leaves of the server a client's part reads, and the message's shapes."""
+def part(algorithm, server, clients, visit) -> tuple[list[bool], base.Message, PyTree]:
+    """A client's part, from shapes alone.
 
-    def visit(server, clients, stream):
-        zero, key = jnp.int32(0), jax.random.key(0)
-        batches = stream.sample(key, zero, zero)
-        visit = base.Visit(batches, zero, zero, zero, key)
+    Returns:
+      Which leaves of the server it reads, and the shapes of its message and metrics.
+    """
+
+    def one(server, clients, visit):
         client = jax.tree.map(lambda x: x[0], clients)
-        return algorithm.client_update(server, client, visit)[0]
+        message, _, metrics = algorithm.client_update(server, client, visit)
+        return message, metrics
 
-    program, message = jax.make_jaxpr(visit, return_shape=True)(server, clients, stream)
-    body = program.jaxpr
+    traced = jax.make_jaxpr(one, return_shape=True)(server, clients, visit)
+    body, (message, metrics) = traced[0].jaxpr, traced[1]
     used = {id(v) for eqn in body.eqns for v in eqn.invars}
-    used |= {id(v) for v in body.outvars}
+    used |= {id(v) for v in body.outvars[: len(jax.tree.leaves(message))]}
     leaves = body.invars[: len(jax.tree.leaves(server))]
-    return [id(v) in used for v in leaves], message
+    return [id(v) in used for v in leaves], message, metrics
+
+
+def moving(
+    algorithm: base.Algorithm,
+    server: base.ServerState,
+    read: Sequence[bool],
+    message: base.Message,
+) -> base.ServerState:
+    """True at the leaves of the server that clients read and rounds change, else None."""
+    changed = _changed(algorithm, server, message)
+    both = [(a and b) or None for a, b in zip(read, changed, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(server), both)
 
 
 @_once.per_shapes

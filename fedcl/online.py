@@ -3,7 +3,7 @@
 Clients come and go, and their updates arrive late, each with the version that it
 started from. The server buffers them, discounts the late ones and aggregates, tests
 the model on the rows of each arrival before they train it, sees drift, lets methods
-commit at it, and saves itself. Its parts are the two pure functions of any
+commit at it, and saves itself. Its parts are the two pure functions of a
 `fedcl.Algorithm`: `client_update`, run from the version that the client downloaded, and
 `aggregate`, over a buffer in the place of a cohort. Rounds are the special case where
 the buffer is the cohort and nobody is late.

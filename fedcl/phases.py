@@ -42,6 +42,7 @@ from fedcl._switches import mean_sent as mean_sent
 from fedcl._switches import plateau as plateau
 from fedcl._switches import sent as sent
 from fedcl._switches import until as until
+from fedcl._validation import validation as validation
 
 
 def federated(

@@ -651,10 +651,12 @@ class TestBadInput:
                 s._replace(frozen=None), c, v
             )
         )
-        server = online.Server(ignoring, state, buffer=1, key=KEY, stream=P.stream)
-        assert server.snapshot().frozen["theta"] is frozen["theta"]
+        kw = {"buffer": 1, "key": KEY, "stream": P.stream}
         with pytest.raises(TypeError, match="changes the frozen parameters"):
-            drained(server, [Join(0), Update(0)])
+            online.Server(ignoring, state, **kw)
+        reading = ignoring._replace(aggregate=PLAIN.aggregate)
+        server = online.Server(reading, state, **kw)
+        assert server.snapshot().frozen["theta"] is frozen["theta"]
 
 
 def straight(count, **kw):

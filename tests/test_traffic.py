@@ -90,18 +90,25 @@ def test_a_control_variate_doubles_both_ways():
     assert sent(scaffold) == (2 * PHI + 4, 2 * PHI, 0)
 
 
-def test_searches_and_seeds_send_their_own_numbers():
+def test_a_search_sends_its_own_numbers():
     size = 3
     search = alg.fedbpt(black_box(P.loss_fn), dimension=size, population=4)
     # m, the fitness and the deviations up; m, σ and C down; the map and its start once.
     once = PHI + 4 * (F * Y + Y) * size
     assert sent(search) == (4 * (size + 2) + 4, 4 * (size + 1 + size**2), once)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_seeds_travel_both_ways_if_clients_rebuild_the_model(adaptive):
+    """And φ_0 once; otherwise they are handed the φ that the server rebuilt."""
     seeds = 7
-    assert sent(alg.fedkseed(P.loss_fn, 0.1, num_seeds=seeds)) == (
-        4 * seeds + 4,
-        PHI,
-        0,
+    numbers = 4 * seeds * (3 if adaptive else 1)
+    of = lambda **kw: alg.fedkseed(
+        P.loss_fn, 0.1, num_seeds=seeds, adaptive=adaptive, **kw
     )
+    assert sent(of(rebuild=True)) == (numbers + 4, numbers, PHI)
+    drawn = 2 * 4 * seeds if adaptive else 0  # Which directions are steep.
+    assert sent(of()) == (numbers + 4, PHI + drawn, 0)
 
 
 def test_a_store_changes_nothing(tmp_path):

@@ -47,8 +47,9 @@ def plain():
     return visits.states(kseed(), case.params_of(data().theta), data(), ROUNDS)
 
 
+@pytest.mark.parametrize("rebuild", [False, True])
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_fedkseed_equals_a_loop(adaptive):
+def test_fedkseed_equals_a_loop(adaptive, rebuild):
     def choose(t, k, odds):
         key = jax.random.split(visits.key_of(t)[k])[0]
         return np.asarray(
@@ -58,10 +59,13 @@ def test_fedkseed_equals_a_loop(adaptive):
     rate, eps = (float(np.float32(x)) for x in (LR, EPSILON))
     given = (data(), ROUNDS, directions(), rate, eps, choose, adaptive, 0.4)
     want = black_box.fedkseed(*given)
-    state = run(kseed(adaptive=True, clip=0.4))[0] if adaptive else plain()[-1]
+    if adaptive or rebuild:
+        state = run(kseed(adaptive=adaptive, clip=0.4, rebuild=rebuild))[0]
+    else:
+        state = plain()[-1]
     kept = state.server.opt_state
     error = np.abs(vector(state.server.params) - want.theta).max()
-    print(f"\nfedkseed adaptive={adaptive}: {error:.1e}")
+    print(f"\nfedkseed adaptive={adaptive} rebuild={rebuild}: {error:.1e}")
     assert error < 2e-5
     np.testing.assert_allclose(kept.walked, want.walked, atol=2e-5)
     odds = jax.nn.softmax(_fedkseed._log_odds(kept, adaptive))
@@ -97,6 +101,24 @@ def test_who_has_the_start_and_the_sums_has_the_model():
     assert float(jnp.max(jnp.abs(params["kernel"] - kept.start["kernel"]))) > 0.01
     same = lambda a, b: np.testing.assert_array_equal(a, b)
     jax.tree.map(same, replay(kept.start, kept.walked, 0.0), kept.start)
+
+
+def test_clients_that_rebuild_the_model_read_nothing_of_it():
+    """A server that has lost φ trains them alike, within the last bits of a sum."""
+    params, one = case.params_of(data().theta), plain()[0]
+    lost = jax.tree.map(jnp.zeros_like, one.server.params)
+    visit = jax.tree.map(lambda x: x[0], visits.visits(data(), 1))
+    client = tree.gather(one.clients, jnp.int32(0))
+    blind = one.server._replace(params=lost)
+    told = {
+        rebuild: jax.jit(kseed(rebuild=rebuild).client_update)(server, client, visit)[0]
+        for rebuild, server in ((True, blind), (False, one.server))
+    }
+    slopes = {k: np.asarray(m.delta) for k, m in told.items()}
+    np.testing.assert_allclose(slopes[True], slopes[False], atol=2e-5)
+    unread = jax.jit(kseed().client_update)(blind, client, visit)[0].delta
+    assert np.abs(slopes[False] - unread).max() > 0.01
+    assert np.abs(slopes[False]).max() > 0.01 and set(lost) == set(params)
 
 
 def message_of(algorithm, params, problem):
