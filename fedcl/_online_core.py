@@ -310,12 +310,3 @@ def review(
     return _engine.map_cohort(one, "scan", None)(
         (), clients, client[None], client[None]
     )[0]
-
-
-@jax.jit
-def fingerprint(frozen: PyTree) -> jax.Array:
-    """A number or two per leaf of θ, [L, 2], to know it again by."""
-    summed = lambda x: jnp.sum(x.astype(jnp.float32).reshape(-1))
-    moment = lambda x: jnp.sum(jnp.abs(x.astype(jnp.float32)).reshape(-1))
-    rows = [jnp.stack([summed(x), moment(x)]) for x in jax.tree.leaves(frozen)]
-    return jnp.stack(rows) if rows else jnp.zeros((0, 2))

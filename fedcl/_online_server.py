@@ -13,11 +13,11 @@ from fedcl import _online_desk as books
 from fedcl import _online_events as events
 from fedcl import base, rounds
 from fedcl._host import History
-from fedcl._online_core import Trained, fingerprint
+from fedcl._online_core import Trained
 from fedcl._online_drift import Detector
 from fedcl._online_engine import Engine
 from fedcl._online_staleness import Rule, discount, polynomial
-from fedcl.checkpoint import CheckpointError, Checkpoints
+from fedcl.checkpoint import Checkpoints
 
 PyTree = Any
 Fields = dict[str, Any]  # Of a `Report`.
@@ -415,9 +415,7 @@ class Server:
 
     def _whole(self) -> Any:
         """What a checkpoint holds: everything but θ, which it knows again."""
-        known = fingerprint(self._engine.frozen)
-        desk = books.packed(self._desk)
-        return {"core": self._engine.core, "desk": desk, "frozen": known}
+        return {"core": self._engine.core, "desk": books.packed(self._desk)}
 
     def _save(self) -> None:
         assert self._checkpoint is not None
@@ -429,16 +427,11 @@ class Server:
         self._checkpoint.save(self.position, self._whole(), self._key, force=True)
 
     def _open(self, checkpoint: Checkpoints, resume: bool) -> None:
-        here = self._whole()
-        saved = checkpoint.open(here, self._key, resume=resume)
+        frozen = self._engine.frozen
+        saved = checkpoint.open(self._whole(), self._key, resume=resume, frozen=frozen)
         if saved is None:
             return
         there: Any = saved.state
-        if not np.array_equal(there["frozen"], here["frozen"]):
-            raise CheckpointError(
-                f"The checkpoint in {checkpoint.directory} was made with another frozen "
-                "base θ: give the state that the server began with."
-            )
         self._engine.core = there["core"]
         self._desk = books.unpacked(there["desk"])
         self.past = History(saved.rounds, saved.evaluations, saved.at)

@@ -757,7 +757,9 @@ class TestSaving:
 
         drained(served(jnp.arange(3.0)), [Join(0), Update(0, message=message())])
         assert served(jnp.arange(3.0)).version == 1
-        with pytest.raises(checkpoint.CheckpointError, match="another frozen base"):
+        with pytest.raises(
+            checkpoint.CheckpointError, match="its frozen base θ differs"
+        ):
             served(jnp.arange(3.0) + 1)
 
     def test_what_is_served_stays_valid_and_whole(self):
