@@ -438,10 +438,11 @@ def test_arrays_survive_the_wire_and_nothing_else_does(tmp_path):
             wire.decode(data, like, "It")
 
 
-@pytest.mark.slow
-def test_processes_on_this_machine(tmp_path):
+@pytest.mark.parametrize("kill", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_processes_on_this_machine(kill, tmp_path):
     """One SuperLink, three SuperNodes, one of them killed: the parameters are the same."""
     script = Path(__file__).parents[1] / "benchmarks" / "flower" / "localhost.py"
-    command = [sys.executable, str(script), "--kill", "--keep", str(tmp_path)]
+    command = [sys.executable, str(script), "--keep", str(tmp_path)]
+    command += ["--kill"] if kill else []
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
