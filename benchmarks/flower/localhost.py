@@ -1,7 +1,8 @@
 """A federation of processes on this machine, against the same run in one process.
 
 One SuperLink and three SuperNodes serve the app beside this file; with --kill a node is
-killed in the middle (SIGKILL) and started again.
+killed in the middle (SIGKILL) and started again; with --simulation Flower's simulation
+runs the same app on three virtual nodes (the extra `flwr[simulation]`).
 
     python benchmarks/flower/localhost.py --kill
 
@@ -31,6 +32,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kill", action="store_true", help="kill and restart a node")
+    parser.add_argument("--simulation", action="store_true", help="Ray, no nodes")
     parser.add_argument("--timeout", type=float, default=600.0, help="of a round, in s")
     parser.add_argument("--keep", type=Path, help="a folder for logs and states")
     args = parser.parse_args()
@@ -41,16 +43,24 @@ def main() -> int:
         folder = (args.keep or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        federate(folder, args.rounds, args.kill, args.timeout)
+        kind = None if args.simulation else args.kill
+        federate(folder, args.rounds, kind, args.timeout)
         seconds = time.perf_counter() - start
         gap = difference(folder / "params.npz", args.rounds)
-    told = {"rounds": args.rounds, "killed": args.kill}
+    told = {"rounds": args.rounds, "killed": args.kill, "simulation": args.simulation}
     print(json.dumps({**told, "seconds": round(seconds, 1), "difference": gap}))
     return 0 if gap <= TOLERANCE else 1
 
 
-def federate(folder: Path, rounds: int, kill: bool, timeout: float) -> None:
-    """One SuperLink, three SuperNodes and `flwr run`; leaves params.npz in the folder."""
+def federate(folder: Path, rounds: int, kill: bool | None, timeout: float) -> None:
+    """`flwr run` and what it needs; leaves params.npz in the folder.
+
+    Args:
+      folder: for logs, states and results.
+      rounds: of the federation.
+      kill: whether to kill a node; None: no nodes but a simulation.
+      timeout: of a round, in seconds.
+    """
     environment = _environment(folder)
     link, *ports = _free_ports(4)
     connection = f'address = "127.0.0.1:{link}"\ninsecure = true\n'
@@ -68,13 +78,17 @@ def federate(folder: Path, rounds: int, kill: bool, timeout: float) -> None:
 
     said = f"directory='{folder}' rounds={rounds} timeout={timeout}"
     run = ["flwr", "run", str(APP), "here", "--stream", "-c", said]
+    if kill is None:
+        superlink.insert(1, "--simulation")
+        run += ["--federation-config", "num-supernodes=3"]
     with contextlib.ExitStack() as stack:
         start = lambda command, log: stack.enter_context(
             _process(command, folder / log, environment)
         )
         start([*superlink, str(link)], "superlink.log")
         _until(lambda: _listens(link), 120, "the SuperLink")
-        nodes = [stack.enter_context(node(i)) for i in range(3)]
+        if kill is not None:
+            nodes = [stack.enter_context(node(i)) for i in range(3)]
         start(run, "run.log")
         if kill:
             visited = lambda: _visited(folder / "node-1") or _finished(folder)
@@ -111,6 +125,7 @@ def _environment(folder: Path) -> dict[str, str]:
     own = {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
         "FLWR_HOME": str(folder / "home"),
+        "DIGITS_STATES": str(folder / "states"),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         # Flower starts a process per message: each finds what the first compiled.
