@@ -11,6 +11,7 @@ import pytest
 import fedcl
 from fedcl import (
     _frozen,
+    _program,
     algorithms,
     base,
     losses,
@@ -60,6 +61,17 @@ def test_what_no_round_changes_is_the_array_that_was_given(change):
     assert (found["beside"] is given["beside"]) == (not change)
     np.testing.assert_array_equal(found["beside"], np.arange(3.0) + 4 * change)
     assert np.isfinite(given["beside"]).all()  # It was not donated.
+
+
+def test_everything_else_is_donated():
+    algorithm, init, phi = federation()
+    state = init(phi)
+    parts = (phases.federated(algorithm),)
+    program = _program.Program(parts, P.stream, KEY, 2, True).of_state(state)
+    begun = program.begun(state)
+    donated = program.lower(begun).as_text().count("tf.aliasing_output")
+    held = jax.tree.leaves(state.server.frozen)
+    assert donated == len(jax.tree.leaves(begun)) - len(held) > 0
 
 
 def test_with_seeds_too():
