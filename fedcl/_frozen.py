@@ -11,42 +11,37 @@ from fedcl import _hosts, _once, base, phases, tree
 PyTree = Any
 
 
+@_once.per_shapes
 def unchanged(
+    seeded: bool,
     parts: tuple[phases.Phase, ...],
     state: base.State,
     key: jax.Array,
     stream: Any,
-    seeded: bool,
 ) -> PyTree:
     """True for the leaves of θ that the phases hand on as they got them.
 
     Args:
+      seeded: whether state and key have the seed axis first.
       parts: the phases of a round.
-      state: the federation with its phases' memories, arrays or shapes.
+      state: the federation with its phases' memories.
       key: the run's key.
       stream: the stream.
-      seeded: whether state and key have the seed axis first.
     """
-    if not jax.tree.leaves(state.server.frozen):
-        return state.server.frozen
+    flags = state.server.frozen
+    if not jax.tree.leaves(flags):
+        return flags
     if seeded:
         one = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
         state, key = jax.tree.map(one, (state, key))
-    return _unchanged(parts, state, key, stream)
 
-
-@_once.per_shapes
-def _unchanged(parts, state, key, stream) -> PyTree:
-    flags = None
-
-    def probe(state, key, stream):
+    def probe(parts, state, key, stream):
         nonlocal flags
         new = phases.step(parts, state, key, jnp.int32(0), stream)[0]
-        flags = jax.tree.map(
-            lambda a, b: a is b, state.server.frozen, new.server.frozen
-        )
+        same = lambda a, b: a is b
+        flags = jax.tree.map(same, state.server.frozen, new.server.frozen)
 
-    jax.eval_shape(probe, state, key, stream)
+    jax.eval_shape(probe, parts, state, key, stream)
     return flags
 
 

@@ -80,7 +80,7 @@ class Program(NamedTuple):
     def of_state(self, state: base.State) -> "Program":
         """The program that leaves alone what of the state's θ no round changes."""
         begun = jax.eval_shape(self.begun, state)
-        given = (self.parts, begun, self.key, self.stream, self.seeded)
+        given = (self.seeded, self.parts, begun, self.key, self.stream)
         return self._replace(still=_frozen.unchanged(*given))
 
     def copied(self, state: base.State) -> base.State:
