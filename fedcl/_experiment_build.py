@@ -127,6 +127,15 @@ def stream(e: Experiment, rows: Table) -> Any:
     )
 
 
+def validation(e: Experiment, stream: Any) -> tuple[Any, Any]:
+    """What the clients train on, and what they hold out of it, or None."""
+    from fedcl import streams
+
+    if not e.data.validation:
+        return stream, None
+    return streams.validation(stream, e.data.validation, seed=e.stream.seed)
+
+
 def grouped(e: Experiment) -> bool:
     """Whether contexts are groups of classes that share their labels."""
     return e.stream.domains is not None and e.stream.domains.kind == "class_groups"

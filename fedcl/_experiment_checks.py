@@ -138,6 +138,11 @@ def _data(e: Experiment) -> Iterator[str]:
         yield "data.classes: missing; how many labels the data have"
     if d.test == "official" and d.source not in ("mnist", "tfds"):
         yield f'data.test: given "official"; source = "{d.source}" brings no test set'
+    if d.validation and (d.source == "text" or e.stream.kind == "mnist_360"):
+        yield (
+            f"data.validation: given {d.validation}; text and mnist_360 hold no rows of "
+            "the clients out. Leave it out"
+        )
     if d.test != "official" and d.test + p.fraction >= 1:
         yield (
             f"public.fraction: given {p.fraction} beside data.test = {d.test}; "

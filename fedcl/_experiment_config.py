@@ -107,6 +107,8 @@ class Data(Section):
     # A fraction of all rows; or the test set that the data bring (mnist, tfds).
     test: Fraction | Literal["official"] = 0.2
     rows: Count | None = None  # Of the training rows, drawn at random; None: all.
+    # A share of each client's rows of a context, for the phase "validation"; 0: none.
+    validation: Annotated[float, Field(ge=0, lt=1)] = 0.0
     # Mean 0 and variance 1 over all inputs of the training rows together.
     standardise: bool = False
     seed: int = 0

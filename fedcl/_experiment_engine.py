@@ -58,6 +58,8 @@ def _store(e: "Experiment") -> Iterator[str]:
     only = "; states in files are for a round of the federated phase alone"
     if e.public.every:
         yield f"{key}: given with public.every = {e.public.every}{only}"
+    if e.data.validation:
+        yield f"{key}: given with data.validation = {e.data.validation}{only}"
     for name, arm in e.arms.items():
         for part in ("before", "phases", "switch", "review_every"):
             if getattr(arm, part):

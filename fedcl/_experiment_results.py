@@ -155,7 +155,8 @@ def _columns(arm: Arm) -> dict[str, np.ndarray]:
     nats = {"nats": seen["loss"]} if "loss" in seen else {"accuracy": seen["accuracy"]}
     if "general" in seen:
         nats["general"] = seen["general"]
-    biased = {"lora_bias": told["lora_bias"]} if "lora_bias" in told else {}
+    also = ("lora_bias", "validation/loss")
+    more: dict[str, np.ndarray] = {k: told[k] for k in also if k in told}
     return {
         "at": arm.history.at,
         **nats,
@@ -165,7 +166,7 @@ def _columns(arm: Arm) -> dict[str, np.ndarray]:
         "trained": told["trained"].sum(axis=-1),
         "public_steps": told.get("public/steps", zeros).sum(axis=-1),
         "bytes": np.asarray(arm.sent),
-        **biased,
+        **more,
     }
 
 

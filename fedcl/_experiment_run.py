@@ -82,6 +82,7 @@ class Setup(NamedTuple):
     card: dict[str, Any] | None = None  # Of the pre-trained model and the texts.
     random: tuple[PyTree, PyTree] | None = None  # φ and θ before the public phase.
     mesh: Mesh | None = None  # Over which the clients live.
+    held: Any = None  # The stream of the rows that clients hold out, if they do.
 
 
 def run(
@@ -181,7 +182,7 @@ def prepare(e: "Experiment", tell: Tell) -> Setup:
 
         return _text.prepare(e, tell)
     table = _build.table(e)
-    stream = _build.stream(e, table)
+    stream, held = _build.validation(e, _build.stream(e, table))
     made = _build.model(e, table)
     seeds = np.asarray(e.seeds, np.uint32)
     keys = jax.vmap(jax.random.key)(seeds)
@@ -203,6 +204,7 @@ def prepare(e: "Experiment", tell: Tell) -> Setup:
         _build.ends(e, stream.num_rounds),
         _build.seen(e, stream),
         random=drawn,
+        held=held,
     )
 
 
@@ -420,6 +422,9 @@ def _federated(
     schedule = _engine.schedule(e.federation.schedule, tell, *given, **where)
     review = _build.review(e, arm, algorithm)
     parts = [phases.federated(algorithm, schedule=schedule, review=review, **where)]
+    if setup.held is not None:
+        held = _build.batched(setup.held, arm.batch_size)
+        parts.append(phases.validation(setup.loss_fn, held, mesh=setup.mesh))
     switch = _build.switch(e, arm, setup.loss_fn)
     if switch is not None:
         public = _build.public_phase(e, setup.table, setup.loss_fn, switch)

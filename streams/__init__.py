@@ -64,3 +64,4 @@ from fedcl.streams._tfds import tfds_arrays as tfds_arrays
 from fedcl.streams._tfds import tfds_source as tfds_source
 from fedcl.streams._tokens import Tokens as Tokens
 from fedcl.streams._tokens import tokenised as tokenised
+from fedcl.streams._validation import validation as validation

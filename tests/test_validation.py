@@ -1,6 +1,7 @@
 """The clients' held-out loss against a loop in NumPy, and a switch that follows it."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 import fedcl
-from fedcl import algorithms, metrics, phases
+from fedcl import algorithms, experiment, metrics, phases, streams
 from fedcl._toy import ToyStream
 from fedcl.testing import toy_problem
 from fedcl.tpu import mesh
@@ -138,3 +139,56 @@ def test_what_does_not_fit():
 def test_two_numbers_travel():
     part = phases.validation(P.loss_fn, HELD)
     assert metrics.sums(P.params, (part,)) == {"validation": (8, 0)}
+
+
+def own(stream, context, client):
+    at, n = int(stream.start[context, client]), int(stream.size[context, client])
+    return stream.rows[at : at + n].tolist()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_share_of_each_clients_rows_is_held_out(shared):
+    rows = {"x": np.arange(60.0)[:, None], "y": np.arange(60) % 4}
+    options = {"num_clients": 3, "steps": 2, "batch_size": 4}
+    options["rounds_per_context"] = 2
+    if shared:
+        domains = streams.permutations(2, (1,))
+        stream = streams.domain_incremental(rows, domains, **options)
+    else:
+        stream = streams.class_incremental(rows, num_contexts=2, **options)
+    train, held = streams.validation(stream, 0.25, seed=1)
+    for k in range(2):
+        for n in range(3):
+            whole, kept, out = (own(s, k, n) for s in (stream, train, held))
+            assert kept + out != whole and sorted(kept + out) == sorted(whole)
+            assert [r for r in whole if r in out] == out
+            assert len(out) == len(whole) // 4
+            assert not shared or own(held, 0, n) == own(held, 1, n)
+    seen = train.sweep(0, 0)
+    assert set(seen["x"][seen["mask"] > 0].ravel().tolist()) == set(own(train, 0, 0))
+
+
+def test_what_cannot_be_held_out():
+    rows = {"x": np.zeros((12, 1)), "y": np.arange(12) % 2}
+    options = {"rounds_per_context": 3, "num_clients": 2, "steps": 1}
+    options |= {"num_contexts": 1, "batch_size": 2}
+    stream = streams.class_incremental(rows, **options)
+    with pytest.raises(ValueError, match=r"fraction must be in \(0, 1\), got 1"):
+        streams.validation(stream, 1.0)
+    drifting = dataclasses.replace(stream, prior=jnp.ones((1, 1, 2)))
+    with pytest.raises(ValueError, match="labels of this stream drift"):
+        streams.validation(drifting, 0.5)
+
+
+def test_an_experiments_switch_follows_it():
+    plateau = f"{{method='plateau', delta=9.0, steps=3, metric='{LOSS}'}}"
+    arms = f"arms={{never={{switch=[]}}, often={{switch=[{plateau}]}}}}"
+    settings = ["data.validation=0.25", arms]
+    found = experiment.run(
+        experiment.load(Path(__file__).parent / "tiny.toml", settings)
+    )
+    told = found.history[f"often/{LOSS}"]
+    assert told.shape == (2, 5) and np.isfinite(told).all()
+    assert found.history["often/public_steps"].sum() > 0
+    with pytest.raises(experiment.ConfigError, match=r"data\.validation: given 0\.5"):
+        experiment.load("lm-eras", ["data.validation=0.5"])
