@@ -384,11 +384,11 @@ def _arm(
     elif e.federation.store:
         history = _engine.in_files(e, name, ready, saved, told, **options, **more)
     else:
-        options |= {"mesh": setup.mesh}
+        options |= {"mesh": setup.mesh, "donate": True}
         more["checkpoint"] = saved(name)
         if not _engine.finished(more["checkpoint"], resume, total):
-            needs = options | {"checkpoint": more["checkpoint"] is not None}
-            told(name, (ready.parts, ready.shapes, ready.stream), needs)
+            saves = {"checkpoint": more["checkpoint"] is not None}
+            told(name, (ready.parts, ready.shapes, ready.stream), options | saves)
         state = ready.begin()
         history = rounds.run(ready.parts, state, ready.stream, **options, **more)[1]
     first = lambda a: jax.eval_shape(lambda a: tree.gather(a, jnp.int32(0)), a)

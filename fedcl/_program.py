@@ -83,11 +83,24 @@ class Program(NamedTuple):
         given = (self.seeded, self.parts, begun, self.key, self.stream)
         return self._replace(still=_frozen.unchanged(*given))
 
-    def copied(self, state: base.State) -> base.State:
-        """A copy that `segment` may consume, but for what it leaves alone."""
+    def own(self, state: base.State, donate: bool) -> base.State:
+        """A state that `segment` may consume, but for what it leaves alone.
+
+        Args:
+          state: the caller's.
+          donate: whether it may be consumed itself; θ may belong to others as well, and
+            an array that it holds twice can be given once.
+        """
         held = _frozen.held(state, self.still)
-        copies = jax.tree.map(jnp.copy, _frozen.without(state, held))
-        return _frozen.together(copies, held)
+        shared = {id(x) for x in jax.tree.leaves(state.server.frozen)}
+
+        def mine(x):
+            once = donate and id(x) not in shared
+            shared.add(id(x))
+            return x if once else jnp.copy(x)
+
+        mine_all = jax.tree.map(mine, _frozen.without(state, held))
+        return _frozen.together(mine_all, held)
 
     def everywhere(self, mesh: Mesh | None) -> "Program":
         """The same for all processes of a mesh."""

@@ -86,6 +86,7 @@ def report(
     evaluate: Callable[[base.State], PyTree] | None = None,
     every: int | None = None,
     checkpoint: bool = False,
+    donate: bool = False,
     limit: int | None = None,
 ) -> Report:
     """Bytes that `fedcl.run` with these arguments will need on one device.
@@ -103,6 +104,7 @@ def report(
       evaluate: as in `fedcl.run`.
       every: as in `fedcl.run`.
       checkpoint: whether it saves itself, from a copy.
+      donate: as in `fedcl.run`.
       limit: bytes that it may take; by default what the device has left, or on a CPU
         the machine, and what is there of the arguments.
 
@@ -140,7 +142,7 @@ def report(
         temporary = max(temporary, _need(_tested(program, begun, test))[0])
     sizes = _sizes(begun, stream, program.parts, test)
     changing = _consumed(program, begun, state, mesh)
-    passed = _bytes(changing)
+    passed = _bytes(changing[0].frozen if donate else changing)
     copy = _bytes((changing, begun.phases)) if checkpoint else 0
     sizes |= {"state passed in": passed, "checkpoint": copy, TEMPORARY: temporary}
     if limit is None:
@@ -165,10 +167,12 @@ def fits(compiled: Any, given: PyTree, mesh: Mesh | None) -> bool:
     return room is None or sum(_need(compiled)) <= room
 
 
-def _consumed(program: _program.Program, begun: base.State, state, mesh) -> PyTree:
-    """What a run copies of the state that it is given."""
+def _consumed(
+    program: _program.Program, begun: base.State, state: base.State, mesh: Mesh | None
+) -> tuple[base.ServerState, PyTree]:
+    """What a run copies of the state that it is given, server and clients."""
     if isinstance(state.clients, Store):
-        return begun.server
+        return begun.server, ()
     stays = lambda x, still: still and (mesh is None or _placement.lies_on(x, mesh))
     still = jax.tree.map(stays, state.server.frozen, program.still)
     copied = _frozen.without(begun, _frozen.held(begun, still))

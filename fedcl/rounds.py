@@ -73,12 +73,13 @@ def run(
     checkpoint: Checkpoints | None = None,
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
+    donate: bool = False,
 ) -> tuple[base.State, History]:
     """Runs rounds fused by `lax.scan`, with evaluations, checkpoints and progress.
 
     One program is compiled for `every` rounds, and one for the evaluation, which runs
     that evaluate alike share. The state is donated from round to round; the one passed
-    in is copied first and stays valid.
+    in is copied first and stays valid, unless it is to be donated too.
 
     Args:
       algorithm: an `Algorithm`, or the phases of a round, see `fedcl.phases`.
@@ -102,6 +103,8 @@ def run(
       resume: continue from the newest whole checkpoint; refused without one only
         if the directory holds checkpoints of something else.
       progress: called after every segment.
+      donate: whether the state passed in may be used up, θ excepted: there is then one
+        state in memory, not two. Not for a state from `fedcl.store.init`.
 
     Returns:
       The final state and the history.
@@ -140,7 +143,7 @@ def run(
         mesh=mesh,
     )
     program = program.of_state(state)
-    state = program.begun(program.copied(state))
+    state = program.begun(program.own(state, donate))
     if mesh is not None:
         _hosts.check_same((state, stream, key), "The federations")
     state = _engine.place(state, mesh, seeded)

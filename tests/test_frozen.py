@@ -74,6 +74,26 @@ def test_everything_else_is_donated():
     assert donated == len(jax.tree.leaves(begun)) - len(held) > 0
 
 
+def test_a_state_may_be_used_up():
+    algorithm, init, phi = federation(change=True)
+    want = ran(algorithm, init(phi)).server.params["bias"]
+    given = jax.tree.map(jnp.copy, init(phi))
+    got = ran(algorithm, given, donate=True).server.params["bias"]
+    np.testing.assert_array_equal(got, want)
+    assert given.server.params["bias"].is_deleted()
+    assert not given.server.frozen["beside"].is_deleted()
+
+
+def test_an_array_that_is_held_twice_is_given_once():
+    algorithm, init, phi = federation()
+    state, parts = init(phi), (phases.federated(algorithm),)
+    program = _program.Program(parts, P.stream, KEY, 2, True).of_state(state)
+    bias = state.server.params["bias"]
+    twice = state._replace(server=state.server._replace(shared={"also": bias}))
+    own = program.own(twice, donate=True).server
+    assert own.params["bias"] is bias and own.shared["also"] is not bias
+
+
 def test_with_seeds_too():
     algorithm, init, phi = federation()
     keys = jax.random.split(KEY, 2)

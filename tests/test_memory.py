@@ -38,6 +38,8 @@ def test_a_report_names_its_parts_and_the_run_finds_its_program(problem, caplog)
     kw = {"key": KEY, "rounds": 2, "every": 2, "evaluate": evaluate}
     told = memory.report(parts, jax.eval_shape(init, p.params), p.stream, **kw)
     state = init(p.params)
+    once = memory.report(parts, state, p.stream, **kw, donate=True)
+    assert told.peak - once.peak == tree.size(state) == told.parts["state passed in"]
     assert told.parts["client states"] == tree.size(state.clients)
     assert told.parts["base θ"] == 0 and told.parts["evaluation"] == 84
     assert told.parts["stream"] == tree.size(p.stream)
