@@ -314,32 +314,57 @@ def review_fn(
         ends = stream.ends(client, round) if on is None else on
         return ends & stream.present(client, round)
 
-    def one(shared, client, member):
-        server, stream, key, round, on = shared
+    def look(shared, member, client):
+        server, stream, key, round, _ = shared
+        sweep = stream.sweep(member, round)
+        task, own = stream.task(member, round), jax.random.fold_in(key, member)
+        visit = base.Visit(sweep, task, member, round, own)
+        assert algorithm.review is not None
+        new = algorithm.review(server, client, visit)
+        return same_types(client, new, "The client state in `review`")
 
-        def do(client):
-            sweep = stream.sweep(member, round)
-            task, own = stream.task(member, round), jax.random.fold_in(key, member)
-            visit = base.Visit(sweep, task, member, round, own)
-            assert algorithm.review is not None
-            new = algorithm.review(server, client, visit)
-            return same_types(client, new, "The client state in `review`")
+    def local(shared, table, ids, offset=0):
+        _, stream, _, round, on = shared
+        whose = jax.vmap(lambda i: due(stream, i, round, on))(ids)
 
-        return jax.lax.cond(due(stream, member, round, on), do, lambda c: c, client), ()
+        def visit(i, table):
+            at = (ids[i] - offset)[None]
+            row = jax.tree.map(lambda x: x[0], _placement.gather(table, at))
+            do = lambda row: look(shared, ids[i], row)
+            row = jax.lax.cond(whose[i], do, lambda row: row, row)
+            return _placement.scatter(table, at, jax.tree.map(lambda x: x[None], row))
 
-    run_all = map_cohort(one, "scan", mesh)
+        # A loop changes the table in place; a cond around it, or a map, copies it.
+        turns = jnp.where(jnp.any(whose), len(ids), 0)
+        return jax.lax.fori_loop(0, turns, visit, table)
+
+    run_all = local if mesh is None else _on_devices(local, mesh)
 
     def review(state, stream, key, round, on=None):
         if algorithm.review is None:
             return state
         ids = jnp.arange(jax.tree.leaves(state.clients)[0].shape[0])
         shared = (state.server, stream, key, round, on)
-        do = lambda clients: run_all(shared, clients, ids, ids)[0]
-        anyone = jnp.any(jax.vmap(lambda i: due(stream, i, round, on))(ids))
-        clients = jax.lax.cond(anyone, do, lambda c: c, state.clients)
-        return state._replace(clients=clients)
+        return state._replace(clients=run_all(shared, state.clients, ids))
 
     return review
+
+
+def _on_devices(local: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]:
+    """`local(shared, table, ids, offset)` on each device's own rows of a table."""
+
+    def own(shared, table, ids):
+        n_local = jax.tree.leaves(table)[0].shape[0]
+        return local(shared, table, ids, jax.lax.axis_index(AXIS) * n_local)
+
+    return jax.shard_map(
+        own,
+        mesh=mesh,
+        in_specs=(P(), P(AXIS), P(AXIS)),
+        out_specs=P(AXIS),
+        axis_names={AXIS},
+        check_vma=False,
+    )
 
 
 def _fault(ids: jax.Array, n: int) -> jax.Array:
