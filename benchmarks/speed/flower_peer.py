@@ -1,7 +1,7 @@
 """Flower's simulation: FedAvg over Ray, each client a compiled JAX program.
 
 In an environment of its own: `pip install "flwr[simulation]" jax`. Only works in which
-every client takes part. The start of Ray is part of "ready".
+every client takes part. The start of Ray is part of the first run, and so of "compile".
 """
 
 import os
