@@ -79,7 +79,9 @@ def test_before_there_are_exemplars_the_trained_layer_serves():
 
 def test_the_served_layer_is_not_trained():
     state, plain = served(4)[0], run(fc.icarl(10, 3, CLASSES), 4)[1]
-    jax.tree.map(np.testing.assert_array_equal, state.server, plain.server)
+    # Two programs, which XLA may fuse and so round differently.
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+    jax.tree.map(close, state.server, plain.server)
 
 
 def test_the_classifier_on_eight_devices_is_the_same():
