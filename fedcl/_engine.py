@@ -62,22 +62,7 @@ def map_cohort(
         rows, outs = mapped(one, schedule)((rows, members))
         return _placement.scatter(table, index, rows), outs
 
-    if mesh is None:
-        return local
-
-    def on_device(shared, table, ids, members):
-        n_local = jax.tree.leaves(table)[0].shape[0]
-        return local(shared, table, ids, members, jax.lax.axis_index(AXIS) * n_local)
-
-    # check_vma=True would sum the gradient of replicated parameters over the mesh.
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(P(), P(AXIS), P(AXIS), P(AXIS)),
-        out_specs=(P(AXIS), P(AXIS)),
-        axis_names={AXIS},  # Other axes, over which θ may lie, are the compiler's.
-        check_vma=False,
-    )
+    return _over_devices(local, mesh)
 
 
 def in_parts(schedule: Schedule, size: int, mesh: Mesh | None) -> bool:
@@ -140,23 +125,47 @@ def add_cohort(
             outs = jax.tree.map(lambda *x: jnp.concatenate(x), outs, more)
         return table, outs, sums
 
+    def summed(*args):
+        table, outs, sums = local(*args)
+        return table, outs, jax.lax.psum(sums, AXIS)
+
+    if mesh is None:
+        return local
+    return _over_devices(summed, mesh, (P(AXIS), P(AXIS), P()))
+
+
+def _over_devices(
+    local: Callable[..., PyTree], mesh: Mesh | None, out: PyTree = P(AXIS)
+) -> Callable[..., PyTree]:
+    """`local(shared, table, *each, offset)` on every device's own rows of a table.
+
+    Args:
+      local: what a device does; its first row is row `offset` of the whole table.
+      mesh: with an axis "clients", over which table and `each` are sharded, or None.
+      out: how the results are.
+
+    Returns:
+      `(shared, table, *each) -> results`.
+    """
     if mesh is None:
         return local
 
-    def on_device(shared, table, ids, members):
+    def own(shared, table, *each):
         n_local = jax.tree.leaves(table)[0].shape[0]
-        offset = jax.lax.axis_index(AXIS) * n_local
-        table, outs, sums = local(shared, table, ids, members, offset)
-        return table, outs, jax.lax.psum(sums, AXIS)
+        return local(shared, table, *each, jax.lax.axis_index(AXIS) * n_local)
 
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(P(), P(AXIS), P(AXIS), P(AXIS)),
-        out_specs=(P(AXIS), P(AXIS), P()),
-        axis_names={AXIS},
-        check_vma=False,
-    )
+    def spread(shared, table, *each):
+        # check_vma=True would sum the gradient of replicated parameters over the mesh.
+        return jax.shard_map(
+            own,
+            mesh=mesh,
+            in_specs=(P(), P(AXIS), *[P(AXIS)] * len(each)),
+            out_specs=out,
+            axis_names={AXIS},  # Other axes, over which θ may lie, are the compiler's.
+            check_vma=False,
+        )(shared, table, *each)
+
+    return spread
 
 
 def check_mesh(mesh: Mesh | None, num_clients: int, shards: int | None = None) -> None:
@@ -338,7 +347,7 @@ def review_fn(
         turns = jnp.where(jnp.any(whose), len(ids), 0)
         return jax.lax.fori_loop(0, turns, visit, table)
 
-    run_all = local if mesh is None else _on_devices(local, mesh)
+    run_all = _over_devices(local, mesh)
 
     def review(state, stream, key, round, on=None):
         if algorithm.review is None:
@@ -348,23 +357,6 @@ def review_fn(
         return state._replace(clients=run_all(shared, state.clients, ids))
 
     return review
-
-
-def _on_devices(local: Callable[..., PyTree], mesh: Mesh) -> Callable[..., PyTree]:
-    """`local(shared, table, ids, offset)` on each device's own rows of a table."""
-
-    def own(shared, table, ids):
-        n_local = jax.tree.leaves(table)[0].shape[0]
-        return local(shared, table, ids, jax.lax.axis_index(AXIS) * n_local)
-
-    return jax.shard_map(
-        own,
-        mesh=mesh,
-        in_specs=(P(), P(AXIS), P(AXIS)),
-        out_specs=P(AXIS),
-        axis_names={AXIS},
-        check_vma=False,
-    )
 
 
 def _fault(ids: jax.Array, n: int) -> jax.Array:

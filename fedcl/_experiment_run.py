@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from fedcl import _experiment_engine as _engine
 from fedcl import _experiment_grid as _grid
 from fedcl import _experiment_results as _results
-from fedcl import _hosts, base, checkpoint, metrics, phases, rounds, tree
+from fedcl import _frozen, _hosts, base, checkpoint, metrics, phases, rounds, tree
 from fedcl._host import History
 
 if TYPE_CHECKING:
@@ -279,7 +279,7 @@ def _ready(e: "Experiment", setup: Setup, tell: Tell) -> dict[str, Ready]:
             n = _engine.clients_made(e, algorithm, stream)
             example = stream.example()
             init = lambda p, f, a=algorithm, x=example, n=n: a.init(p, x, n, frozen=f)
-            begin, shapes = _beginning(jax.jit(jax.vmap(init)), own)
+            begin, shapes = _beginning(jax.vmap(init), own)
             inner = _federated(
                 e,
                 setup._replace(loss_fn=loss_fn) if text else setup,
@@ -306,12 +306,11 @@ def _beginning(
     init: Callable[..., base.State], own: "Own"
 ) -> tuple[Callable[[], base.State], base.State]:
     """What makes the state, and its shapes; one θ for all arms, however large."""
-
-    def whole(state: base.State) -> base.State:
-        return state._replace(server=state.server._replace(frozen=own.frozen))
-
-    begin = lambda: whole(init(own.params, own.frozen))
-    return begin, whole(jax.eval_shape(init, own.params, own.frozen))
+    # A jitted function would hand back a copy of θ.
+    bare = jax.jit(lambda *given: _frozen.with_frozen(init(*given), None))
+    whole = lambda state: _frozen.with_frozen(state, own.frozen)
+    given = own.params, own.frozen
+    return lambda: whole(bare(*given)), whole(jax.eval_shape(bare, *given))
 
 
 def _begun(setup: Setup, arm: "Arm") -> Setup:

@@ -54,19 +54,19 @@ def held(state: base.State, still: PyTree) -> PyTree:
 def without(state: base.State, held: PyTree) -> base.State:
     """The state with None for what is held."""
     drop = lambda x, h: x if h is None else None
-    return _with(state, _map(drop, state.server.frozen, held))
+    none = lambda x: x is None
+    return with_frozen(
+        state, jax.tree.map(drop, state.server.frozen, held, is_leaf=none)
+    )
 
 
 def together(state: base.State, held: PyTree) -> base.State:
     """Undoes `without`."""
-    return _with(state, tree.merge(state.server.frozen, held))
+    return with_frozen(state, tree.merge(state.server.frozen, held))
 
 
-def _map(fn, *trees: PyTree) -> PyTree:
-    return jax.tree.map(fn, *trees, is_leaf=lambda x: x is None)
-
-
-def _with(state: base.State, frozen: PyTree) -> base.State:
+def with_frozen(state: base.State, frozen: PyTree) -> base.State:
+    """The state with this θ."""
     return state._replace(server=state.server._replace(frozen=frozen))
 
 
